@@ -1,0 +1,184 @@
+"""What an estimator hands to a kernel: which (query, key) pairs are computed.
+
+Both index types are data. The Triton kernels, the CPU path and the oracles all read
+the same fields, and :meth:`mask` is the definition they are tested against.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TILE = 64
+"""Query rows and key columns of a tile: fixed, so that an index means the same everywhere."""
+
+NONE = 2**31 - 1
+"""Padding of index rows: larger than any position, so that rows stay sorted."""
+
+
+@dataclass(frozen=True)
+class BandIndex:
+    """Verticals and slashes of some heads, in O(tokens) numbers per head.
+
+    For a query tile whose first absolute row is ``r0``, a key column left of the tile is
+    written as ``e = r0 - 1 - j >= 0``. A slash then covers the same ``e`` for every query
+    tile, so one sorted list of key tiles per head serves all of them and is merely
+    truncated at ``e = r0 - 1`` (column 0). Key ``j`` is visible to query ``i`` iff
+    ``j <= i`` and one of
+
+    * ``j >= r0`` (the query tile itself),
+    * ``t <= e < t + tile`` for some ``t`` in ``tile_starts``,
+    * ``j`` is in ``columns``.
+
+    Shapes: ``heads [H]``, ``tile_starts [B, H, T]``, ``columns [B, H, V]``, all int32.
+    Rows of the last two are strictly ascending, then padded with ``NONE``; the tiles of a
+    row are disjoint.
+    """
+
+    heads: Tensor
+    tile_starts: Tensor
+    columns: Tensor
+    n_k: int
+
+    def mask(self, n_q: int, n_k: int) -> Tensor:
+        """Visible pairs as bool ``[B, H, n_q, n_k]``; queries are the last ``n_q`` positions.
+
+        Raises ``ValueError`` if ``n_k`` is not the length the index was built for.
+        """
+        _check_lengths(n_q, n_k, self.n_k)
+        device = self.tile_starts.device
+        banded = self._banded()
+        is_column = _membership(self.columns, n_k)
+        i = torch.arange(n_k - n_q, n_k, device=device)
+        j = torch.arange(n_k, device=device)
+        r0 = _first_rows(n_q, n_k, device)[(i - (n_k - n_q)) // TILE]
+        e = r0[:, None] - 1 - j[None, :]
+        in_band = banded[:, :, e.clamp(min=0)] & (e >= 0)
+        visible = (e < 0) | in_band | is_column[:, :, None, :]
+        return visible & (j[None, :] <= i[:, None])
+
+    def visible_pairs(self, n_q: int) -> Tensor:
+        """Number of visible pairs, int64 ``[B, H]``, without building the mask."""
+        _check_lengths(n_q, self.n_k, self.n_k)
+        device = self.tile_starts.device
+        banded = self._banded()
+        banded_below = torch.nn.functional.pad(banded.long().cumsum(-1), (1, 0))
+        r0 = _first_rows(n_q, self.n_k, device)
+        rows = (self.n_k - r0).clamp(max=TILE)
+        left = banded_below[:, :, r0]
+        batch, n_heads, n_columns = self.columns.shape
+        # Columns not under a band, a bounded slab of query tiles at a time.
+        slab = max(1, 2**24 // max(1, n_columns * batch * n_heads))
+        column = self.columns.long()[:, :, None, :]
+        flat = banded[:, :, None, :]
+        for begin in range(0, len(r0), slab):
+            e = r0[begin : begin + slab, None] - 1 - column
+            covered = flat.expand(-1, -1, e.shape[2], -1).gather(3, e.clamp(0, self.n_k - 1))
+            left[:, :, begin : begin + slab] += ((e >= 0) & ~covered).sum(-1)
+        return (rows * left + rows * (rows + 1) // 2).sum(-1)
+
+    def density(self, n_q: int) -> Tensor:
+        """Visible over causal pairs, float64 ``[B, H]``, at most 1."""
+        return self.visible_pairs(n_q).double() / causal_pairs(n_q, self.n_k)
+
+    def _banded(self) -> Tensor:
+        """Whether a distance ``e`` lies in a stored tile: bool ``[B, H, n_k]``."""
+        e = self.tile_starts.long()[..., None] + torch.arange(TILE, device=self.tile_starts.device)
+        return _membership(e.flatten(-2), self.n_k)
+
+
+@dataclass(frozen=True)
+class BlockIndex:
+    """Per query tile a list of key tiles, as compressed rows.
+
+    Key ``j`` is visible to the query at absolute row ``i`` iff ``j <= i`` and
+    ``j // TILE`` is listed for the query tile ``(i - q_offset) // TILE``, where
+    ``q_offset = n_k - n_q``.
+
+    Shapes: ``heads [H]``, ``starts [B, H, M + 1]``, ``blocks [B, H, C]``, all int32, with
+    ``M = ceil(n_q / TILE)``. The list of query tile ``m`` is
+    ``blocks[starts[m]:starts[m + 1]]``, strictly ascending.
+    """
+
+    heads: Tensor
+    starts: Tensor
+    blocks: Tensor
+    n_q: int
+    n_k: int
+
+    def mask(self, n_q: int, n_k: int) -> Tensor:
+        """Visible pairs as bool ``[B, H, n_q, n_k]``.
+
+        Raises ``ValueError`` if the lengths are not those the index was built for.
+        """
+        _check_lengths(n_q, n_k, self.n_k)
+        listed = self._listed()
+        if n_q != self.n_q:
+            raise ValueError(f"index was built for n_q = {self.n_q}, got {n_q}")
+        device = self.blocks.device
+        i = torch.arange(n_k - n_q, n_k, device=device)
+        j = torch.arange(n_k, device=device)
+        visible = listed[:, :, (i - (n_k - n_q)) // TILE][:, :, :, j // TILE]
+        return visible & (j[None, :] <= i[:, None])
+
+    def visible_pairs(self, n_q: int) -> Tensor:
+        """Number of visible pairs, int64 ``[B, H]``, without building the mask."""
+        if n_q != self.n_q:
+            raise ValueError(f"index was built for n_q = {self.n_q}, got {n_q}")
+        tile = self._tile_of_entry()
+        valid = tile < self.starts.shape[-1] - 1
+        r0 = self.n_k - self.n_q + tile.clamp(max=self.starts.shape[-1] - 2) * TILE
+        rows = (self.n_k - r0).clamp(max=TILE)
+        first = self.blocks.long() * TILE
+        width = (self.n_k - first).clamp(0, TILE)
+        # Row r of the tile sees min(width, r0 + r - first + 1) keys of the block, at least 0.
+        reach = (r0 - first + 1)[..., None] + torch.arange(TILE, device=tile.device)
+        seen = torch.minimum(reach.clamp(min=0), width[..., None])
+        row_exists = torch.arange(TILE, device=tile.device) < rows[..., None]
+        return (seen * row_exists * valid[..., None]).sum((-1, -2))
+
+    def density(self, n_q: int) -> Tensor:
+        """Visible over causal pairs, float64 ``[B, H]``, at most 1."""
+        return self.visible_pairs(n_q).double() / causal_pairs(n_q, self.n_k)
+
+    def _tile_of_entry(self) -> Tensor:
+        """Query tile each entry of ``blocks`` belongs to; ``M`` for unused capacity."""
+        entry = torch.arange(self.blocks.shape[-1], device=self.blocks.device)
+        entry = entry.expand(self.blocks.shape).contiguous()
+        return torch.searchsorted(self.starts[..., 1:].long().contiguous(), entry, right=True)
+
+    def _listed(self) -> Tensor:
+        """Whether a key tile is listed for a query tile: bool ``[B, H, M, key tiles]``."""
+        n_tiles = self.starts.shape[-1] - 1
+        n_blocks = -(-self.n_k // TILE)
+        tile = self._tile_of_entry()
+        cell = torch.where(tile < n_tiles, tile * n_blocks + self.blocks.long(), n_tiles * n_blocks)
+        listed = torch.zeros(
+            *self.blocks.shape[:2], n_tiles * n_blocks + 1, dtype=torch.bool, device=cell.device
+        )
+        listed.scatter_(2, cell, True)
+        return listed[..., :-1].unflatten(-1, (n_tiles, n_blocks))
+
+
+def causal_pairs(n_q: int, n_k: int) -> int:
+    """Number of (query, key) pairs a dense causal prefill computes."""
+    return n_q * (n_k - n_q) + n_q * (n_q + 1) // 2
+
+
+def _check_lengths(n_q: int, n_k: int, built_for: int) -> None:
+    if n_k != built_for:
+        raise ValueError(f"index was built for n_k = {built_for}, got {n_k}")
+    if not 1 <= n_q <= n_k:
+        raise ValueError(f"n_q must be between 1 and n_k = {n_k}, got {n_q}")
+
+
+def _first_rows(n_q: int, n_k: int, device: torch.device) -> Tensor:
+    """First absolute row of each query tile."""
+    return torch.arange(n_k - n_q, n_k, TILE, device=device)
+
+
+def _membership(positions: Tensor, n: int) -> Tensor:
+    """Bool ``[..., n]`` that is true at the listed positions; those >= n are padding."""
+    member = torch.zeros(*positions.shape[:-1], n + 1, dtype=torch.bool, device=positions.device)
+    member.scatter_(-1, positions.long().clamp(max=n), True)
+    return member[..., :-1]

@@ -1,0 +1,1 @@
+"""The ``green-bench`` command: each verb parses, calls one function, prints."""

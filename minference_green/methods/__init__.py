@@ -1,0 +1,1 @@
+"""Prefill methods: estimate, build an index, attend."""

@@ -1,0 +1,50 @@
+"""What a prefill method is, and what it may tell about its work."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@runtime_checkable
+class PrefillMethod(Protocol):
+    """Attention of a whole prompt, dense or not. Anything with these three members is one.
+
+    ``parameters`` is what a report must show to make the method repeatable.
+    """
+
+    @property
+    def name(self) -> str:
+        """One word, shown in reports."""
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """JSON-able settings."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> Tensor:
+        """Causal attention of a prompt without padding.
+
+        Shapes: ``q [B, Hq, N, D]``, ``k, v [B, Hkv, N, D]`` with ``Hq`` a multiple of
+        ``Hkv``; returns ``[B, Hq, N, D]``.
+        """
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """What one call of a method did; seconds are of synchronised, separately timed steps."""
+
+    out: Tensor
+    density: Tensor
+    """Visible over causal pairs per query head, float64 ``[Hq]`` on the CPU, mean over batch."""
+    estimate_seconds: float
+    index_seconds: float
+    attend_seconds: float
+
+
+@runtime_checkable
+class ProfiledMethod(PrefillMethod, Protocol):
+    """A method that also tells how much it computed and where its time went."""
+
+    def profile(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> LayerProfile:
+        """As :meth:`PrefillMethod.attend`, slower, with the account of the work done."""

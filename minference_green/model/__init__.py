@@ -1,0 +1,1 @@
+"""Models to measure; the only floor that imports transformers."""

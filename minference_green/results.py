@@ -1,0 +1,436 @@
+"""A run as plain data: the records, and the journal file that holds them.
+
+A run is one file, ``run.jsonl``: a header line, then one line per finished step, each on
+disk before the next step begins. Nothing else is stored; every figure of a report is a
+function of these records. Units are in the names; joules are null with a reason where they
+could not be measured.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from minference_green.errors import MeasurementError, UsageError
+from minference_green.workload import Workload
+
+SCHEMA = "1.0"
+"""Major and minor version of the file format; another major is not comparable."""
+
+FILE_NAME = "run.jsonl"
+
+Obtained = Literal["counter", "sampled", "modelled", "replayed"]
+"""How joules were obtained; the word stands on every surface that shows them."""
+
+
+class Record(BaseModel):
+    """Frozen, and strict about its fields: an unknown one means another schema."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Reading(Record):
+    """Energy of one device over one window."""
+
+    device: str
+    """GPU UUID, or ``cpu``."""
+    scope: str
+    """What the figure covers: ``board``, ``module``, ``package``, ``cpu model``."""
+    obtained: Obtained
+    source: str
+    """In words: which counter, field or model."""
+    joules: float | None
+    reason: str | None = None
+    """Why ``joules`` is null, or what casts doubt on it."""
+    uncertainty_joules: float | None = None
+    check_joules: float | None = None
+    """An independent integral of sampled power over the same window."""
+    disputed: bool = False
+    """Counter and independent integral disagree beyond the stated tolerance."""
+    headline: bool = True
+    """False for figures shown beside the headline and never added to it."""
+    evidence: dict[str, float] = {}
+    """Raw numbers ``joules`` was computed from."""
+
+
+class DeviceState(Record):
+    """State of one GPU at a moment; null where the device does not tell."""
+
+    device: str
+    temperature_celsius: float | None = None
+    memory_temperature_celsius: float | None = None
+    sm_clock_mhz: float | None = None
+    memory_clock_mhz: float | None = None
+    power_limit_watts: float | None = None
+    memory_used_bytes: int | None = None
+    throttle_seconds: dict[str, float] = {}
+    """Cumulative time by cause: ``power_cap``, ``thermal``, ``power_brake``..."""
+
+
+class Device(Record):
+    """One device of the machine that runs the model or supplies the energy reading."""
+
+    kind: Literal["gpu", "cpu"]
+    name: str
+    uuid: str | None = None
+    memory_bytes: int | None = None
+    power_limit_watts: float | None = None
+    mig_profile: str | None = None
+    capability: str | None = None
+
+
+class Fingerprint(Record):
+    """What a figure depends on. Hard keys make joules incomparable, subject keys are judged."""
+
+    devices: tuple[Device, ...]
+    model: str
+    model_revision: str
+    """Commit or content hash; for built-in models the recipe's version."""
+    weights: str
+    """``trained`` or ``planted weights``; shown wherever a figure is."""
+    parameters: int
+    dtype: str
+    workload_hash: str
+    software: dict[str, str]
+    kernel_hash: str
+    code_commit: str | None
+    code_dirty: bool | None
+    driver: str | None = None
+    cpu: str = ""
+    hostname_hash: str = ""
+
+
+class EmissionFactor(Record):
+    """Grams of CO2e per kWh, with where the number comes from."""
+
+    g_per_kwh: float
+    location: str
+    year: int | None
+    kind: str
+    """``average`` for the tables shipped; ``user supplied``."""
+    boundary: str
+    """``lifecycle`` or ``CO2 only``, or what the source says."""
+    source: str
+    file: str | None = None
+    sha256: str | None = None
+    assumed: bool = False
+    """No location was given: the world average stands in, marked wherever it is shown."""
+    relative_uncertainty: float = 0.10
+
+
+class CarbonTerms(Record):
+    """What turns joules into grams."""
+
+    factor: EmissionFactor
+    pue: float = 1.0
+    embodied_g_per_second: float = 0.0
+    embodied_source: str = ""
+
+
+class MethodSpec(Record):
+    """A prefill method and its parameters, as measured."""
+
+    name: str
+    parameters: dict[str, Any]
+
+
+class Plan(Record):
+    """The experiment's shape."""
+
+    blocks: int
+    window_seconds: float
+    warmup_seconds: float
+    quick: bool
+
+
+class Header(Record):
+    """First line of a run file."""
+
+    event: Literal["header"] = "header"
+    schema_version: str = SCHEMA
+    run_id: str
+    created_at: str
+    version: str
+    command: tuple[str, ...]
+    fingerprint: Fingerprint
+    workload: Workload
+    methods: tuple[MethodSpec, ...]
+    """In the order asked for; the first is the reference."""
+    plan: Plan
+    carbon: CarbonTerms
+    energy: str
+    """In words: how energy is obtained on this machine."""
+
+
+class Setup(Record):
+    """Cost of getting a block ready: loading, compiling, warming up; outside every window."""
+
+    event: Literal["setup"] = "setup"
+    block: int
+    load_seconds: float
+    warmup_seconds: float
+    readings: tuple[Reading, ...]
+
+
+class Backends(Record):
+    """Every dense SDPA backend timed on the run's own shapes; the fastest is the baseline."""
+
+    event: Literal["backends"] = "backends"
+    block: int
+    context_length: int
+    dtype: str
+    seconds: dict[str, float | None]
+    """Median seconds per call; null where the backend refuses the shape."""
+    reasons: dict[str, str] = {}
+    chosen: str
+
+
+class Observation(Record):
+    """What an arm computed and lost at one length; taken outside energy windows."""
+
+    event: Literal["observation"] = "observation"
+    block: int
+    context_length: int
+    method: str
+    density: float | None
+    """Mean over layers and heads of visible over causal pairs."""
+    density_by_layer: tuple[tuple[float, ...], ...] = ()
+    density_reason: str | None = None
+    logits_relative_error: float | None = None
+    """Norm of the last position's logit difference to the reference arm over its norm."""
+    top1_agreement: float | None = None
+    """Share of sampled prompt positions whose most likely next token is the reference's."""
+    sampled_positions: int = 0
+    estimate_seconds: float | None = None
+    index_seconds: float | None = None
+    attend_seconds: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Window(Record):
+    """One measured interval: the same prefill repeated, edge to edge."""
+
+    event: Literal["window"] = "window"
+    block: int
+    order: int
+    """Position in the block's sequence of windows for this length."""
+    context_length: int
+    method: str
+    repeats: int
+    tokens: int
+    """Unpadded prompt tokens computed in the window."""
+    start_seconds: float
+    """Monotonic clock, as ``end_seconds``."""
+    end_seconds: float
+    device_seconds: float | None = None
+    """The same interval by device events."""
+    started_at: str
+    readings: tuple[Reading, ...]
+    before: tuple[DeviceState, ...] = ()
+    after: tuple[DeviceState, ...] = ()
+    valid: bool = True
+    reasons: tuple[str, ...] = ()
+    """Why it is invalid, or marked."""
+
+    @property
+    def seconds(self) -> float:
+        """Duration in seconds."""
+        return self.end_seconds - self.start_seconds
+
+    @property
+    def joules(self) -> float | None:
+        """Headline joules summed over devices; null if any device's is null."""
+        parts = [r.joules for r in self.readings if r.headline]
+        if not parts or any(p is None for p in parts):
+            return None
+        return sum(p for p in parts if p is not None)
+
+    @property
+    def obtained(self) -> str:
+        """How the headline joules were obtained."""
+        return "+".join(sorted({r.obtained for r in self.readings if r.headline})) or "none"
+
+
+class Idle(Record):
+    """Power with the model resident and nothing running."""
+
+    event: Literal["idle"] = "idle"
+    block: int
+    when: Literal["before", "after"]
+    seconds: float
+    readings: tuple[Reading, ...]
+
+
+class Skip(Record):
+    """A cell of the matrix that was not measured, with the reason."""
+
+    event: Literal["skip"] = "skip"
+    block: int
+    context_length: int
+    method: str
+    reason: str
+
+
+class Note(Record):
+    """A doubt or a hint that belongs to the run."""
+
+    event: Literal["note"] = "note"
+    message: str
+
+
+class BlockDone(Record):
+    """The block's worker finished; a resumed run goes on with the next block."""
+
+    event: Literal["block_done"] = "block_done"
+    block: int
+
+
+Event = Annotated[
+    Header | Setup | Backends | Observation | Window | Idle | Skip | Note | BlockDone,
+    Field(discriminator="event"),
+]
+_EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+class Run(Record):
+    """A run file in memory."""
+
+    header: Header
+    events: tuple[Event, ...]
+    cut: bool = False
+    """The last line was cut short (a killed process, a full disk) and was left out."""
+
+    def of(self, kind: type[Any]) -> Iterator[Any]:
+        """Events of one record type, in file order."""
+        return (e for e in self.events if isinstance(e, kind))
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """Every window, valid or not."""
+        return tuple(self.of(Window))
+
+    @property
+    def blocks_done(self) -> frozenset[int]:
+        """Blocks whose worker finished."""
+        return frozenset(e.block for e in self.of(BlockDone))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every planned block finished."""
+        return len(self.blocks_done) >= self.header.plan.blocks
+
+
+def run_file(path: Path) -> Path:
+    """The run file that ``path`` means: itself, or the ``run.jsonl`` inside a directory."""
+    return path / FILE_NAME if path.is_dir() else path
+
+
+def load(path: Path) -> Run:
+    """Read a run from its file or directory.
+
+    A last line cut short is left out and marked in ``Run.cut``; damage anywhere else is an
+    error. Raises ``UsageError`` naming file, line and what is wrong.
+    """
+    file = run_file(path)
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read run {file}: {error.strerror}") from error
+    lines = raw.split(b"\n")
+    cut = lines[-1] != b""
+    events: list[Event] = []
+    for number, line in enumerate(lines[:-1], 1):
+        events.append(_parse(line, file, number))
+    if not events or not isinstance(events[0], Header):
+        raise UsageError(
+            f"{file} holds no complete header line, so there is nothing to read; "
+            "give a run directory or a run.jsonl written by green-bench run"
+        )
+    return Run(header=events[0], events=tuple(events[1:]), cut=cut)
+
+
+def _parse(line: bytes, file: Path, number: int) -> Event:
+    try:
+        data = json.loads(line)
+    except ValueError as error:
+        raise UsageError(
+            f"{file} line {number} is not JSON ({error}); the file was damaged or edited: "
+            "restore it, or delete from that line on and resume the run"
+        ) from error
+    if isinstance(data, dict) and data.get("event") == "header":
+        found = str(data.get("schema_version"))
+        if found.split(".")[0] != SCHEMA.split(".")[0]:
+            raise UsageError(
+                f"{file} has schema {found}, this version reads {SCHEMA.split('.')[0]}.x; "
+                "read it with the green-bench version that wrote it"
+            )
+    try:
+        return _EVENT.validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(
+            f"{file} line {number} is not a record of a run: {where}: {first['msg']}"
+        ) from error
+
+
+class Journal:
+    """Appends records to a run file, each on disk before :meth:`append` returns.
+
+    The file is locked while open, so that two processes never write one run.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / FILE_NAME
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab")
+        except OSError as error:
+            raise UsageError(
+                f"cannot write to {directory}: {error.strerror}; choose another place with --output"
+            ) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise UsageError(
+                f"{self.path} is being written by another run; wait for it, "
+                "or start a new run with another --output"
+            ) from error
+        self._drop_cut_line()
+
+    def append(self, event: Event) -> None:
+        """Write one record; raises ``MeasurementError`` when the disk refuses it."""
+        before = self._file.tell()
+        try:
+            self._file.write(event.model_dump_json().encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            # What was written of the line would make the next record unreadable.
+            os.ftruncate(self._file.fileno(), before)
+            raise MeasurementError(
+                f"could not write to {self.path}: {error.strerror}; "
+                "everything before is kept, make room and resume"
+            ) from error
+
+    def close(self) -> None:
+        """Release the file and its lock."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _drop_cut_line(self) -> None:
+        raw = self.path.read_bytes()
+        keep = raw.rfind(b"\n") + 1
+        if keep < len(raw):
+            os.ftruncate(self._file.fileno(), keep)
+        self._file.seek(0, os.SEEK_END)
