@@ -157,7 +157,7 @@ class BlockIndex:
             *self.blocks.shape[:2], n_tiles * n_blocks + 1, dtype=torch.bool, device=cell.device
         )
         listed.scatter_(2, cell, True)
-        return listed[..., :-1].unflatten(-1, (n_tiles, n_blocks))
+        return listed[..., :-1].view(*self.blocks.shape[:2], n_tiles, n_blocks)
 
 
 def causal_pairs(n_q: int, n_k: int) -> int:

@@ -98,7 +98,7 @@ def a_shape_mask(n_init: int, n_local: int, n_q: int, n_k: int) -> Tensor:
 
 
 def block_means(x: Tensor) -> Tensor:
-    """Mean of each ``TILE`` tokens, real tokens only: ``[B, H, N, D]`` to ``[B, H, ceil(N/TILE), D]``."""
+    """Mean of each ``TILE`` real tokens: ``[B, H, N, D]`` to ``[B, H, ceil(N/TILE), D]``."""
     return torch.stack([part.double().mean(2) for part in x.split(TILE, dim=2)], dim=2)
 
 
