@@ -29,3 +29,9 @@ class MeasurementError(GreenBenchError):
     """The machine cannot measure what was asked, or a measurement came out unusable."""
 
     exit_code = ExitCode.INVALID_MEASUREMENT
+
+
+class NotComparableError(GreenBenchError):
+    """Two runs, or a run and what it resumes, differ in what makes joules comparable."""
+
+    exit_code = ExitCode.NOT_COMPARABLE
