@@ -4,11 +4,34 @@ A map, from the bottom up (a module imports only from its own floor or below):
 
 0. ``kernels``: Triton kernels, their torch CPU path and float64 oracles
 1. ``results``, ``workload``, ``errors``: plain data
-2. ``stats``, ``render``: readers of results; neither torch nor NVML
+2. ``stats``, ``verdict``, ``render``: readers of results; neither torch nor NVML
 3. ``methods``, ``meters``, ``carbon``: prefill methods; energy readings; gCO2e
 4. ``model``: the only place that imports transformers
 5. ``bench``, ``worker``: the measuring loop and the process that runs a model
-6. ``cli``: the ``green-bench`` command
+6. ``api``, ``cli``: the exported functions and the ``green-bench`` command
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minference_green.api import measure, run
+    from minference_green.verdict import compare
+
+__all__ = ["__version__", "compare", "measure", "run"]
+
 __version__ = "0.1.0"
+
+_EXPORTS = {
+    "compare": "minference_green.verdict",
+    "measure": "minference_green.api",
+    "run": "minference_green.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load an exported function when it is first asked for: importing the package stays light."""
+    if name in _EXPORTS:
+        from importlib import import_module
+
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'minference_green' has no attribute {name!r}")

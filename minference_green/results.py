@@ -81,6 +81,7 @@ class Device(Record):
     power_limit_watts: float | None = None
     mig_profile: str | None = None
     capability: str | None = None
+    driver: str | None = None
 
 
 class Fingerprint(Record):
@@ -99,7 +100,6 @@ class Fingerprint(Record):
     kernel_hash: str
     code_commit: str | None
     code_dirty: bool | None
-    driver: str | None = None
     cpu: str = ""
     hostname_hash: str = ""
 
@@ -164,6 +164,8 @@ class Header(Record):
     carbon: CarbonTerms
     energy: str
     """In words: how energy is obtained on this machine."""
+    request: dict[str, Any]
+    """What the run was asked to do, as needed to resume it."""
 
 
 class Setup(Record):

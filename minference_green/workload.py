@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from minference_green.errors import UsageError
 
+SYNTHETIC = "synthetic"
+"""The prompt made of tokens drawn from the model's vocabulary."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -23,7 +26,7 @@ class Workload:
     batch: int = 1
     dtype: str = "bfloat16"
     seed: int = 0
-    prompt: str = "synthetic"
+    prompt: str = SYNTHETIC
     prompt_sha256: str | None = None
 
     @property

@@ -1,0 +1,47 @@
+# Front door. `make bench` and `make test` work after a clone and nothing else.
+# Have an environment already? `make bench PY=python3` uses it and installs nothing.
+
+VENV := .venv
+PYTHON ?= python3
+ifdef PY
+  READY :=
+else
+  PY := $(VENV)/bin/python
+  READY := $(VENV)/.ready
+endif
+# The repository root holds kernels/, a name that belongs to Hugging Face: keep it off sys.path.
+export PYTHONSAFEPATH := 1
+ARGS ?=
+
+.PHONY: setup bench test lint clean bench-kernels gate-table
+
+setup: $(READY)
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	# torch alone and by exact version first: a machine with a local CPU build takes that.
+	$(PY) -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+bench: $(READY)
+	$(PY) -m minference_green.cli.app run $(ARGS)
+
+test: $(READY)
+	$(PY) -m pytest $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench-kernels: $(READY)
+	$(PY) benchmarks/kernels.py $(ARGS)
+
+gate-table: $(READY)
+	$(PY) benchmarks/gate.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,142 @@
+"""The functions the package exports beside ``compare``: run and measure."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minference_green import bench
+from minference_green.bench import Progress, Request
+from minference_green.errors import UsageError
+from minference_green.grams import operational_grams
+from minference_green.meters.choose import open_meters
+from minference_green.results import CarbonTerms, Reading, Run, load
+from minference_green.validity import SHORT_WINDOW_SECONDS
+
+
+class _Silent:
+    """Progress of a run nobody watches."""
+
+    def block(self, number: int, of: int, windows: int, window_seconds: float) -> None: ...
+    def say(self, message: str) -> None: ...
+    def advance(self) -> None: ...
+
+
+SILENT: Progress = _Silent()
+
+
+def run(
+    model: str = "embedded",
+    *,
+    methods: Sequence[str] = ("dense", "minference"),
+    options: Mapping[str, Mapping[str, str]] | None = None,
+    context_lengths: Sequence[int] = (),
+    carbon: CarbonTerms | None = None,
+    output: str | Path = "green-bench-runs",
+    progress: Progress = SILENT,
+    **settings: object,
+) -> Run:
+    """Measure prefill of ``model`` under each method and return the run.
+
+    What ``green-bench run`` does, with the same defaults: ``methods`` are names or
+    ``package.module:NAME``, ``options`` maps a method to its options, ``context_lengths`` are
+    tokens, ``carbon`` comes from ``minference_green.carbon.terms``, and ``settings`` are the
+    other fields of ``bench.Request`` (``blocks``, ``window_seconds``, ``batch``, ``seed``,
+    ``meter``...). The run file is in a new directory under ``output``.
+
+    Raises ``UsageError`` and ``MeasurementError`` as the command does.
+    """
+    from minference_green.carbon import terms
+
+    unknown = settings.keys() - Request.model_fields.keys()
+    if unknown:
+        raise UsageError(
+            f"run() has no setting {', '.join(sorted(unknown))}; "
+            f"it takes {', '.join(Request.model_fields)}"
+        )
+    request = Request.model_validate(
+        {
+            **settings,
+            "model": model,
+            "methods": tuple(methods),
+            "options": {name: dict(given) for name, given in (options or {}).items()},
+            "context_lengths": tuple(context_lengths),
+            "carbon": carbon or terms(),
+        }
+    )
+    return load(bench.run(request, Path(output), progress))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What repeated calls of a function cost."""
+
+    repeats: int
+    seconds: float
+    """Of the whole window, all repeats."""
+    readings: tuple[Reading, ...]
+
+    @property
+    def joules(self) -> float | None:
+        """Joules per call; null, with the reason in ``readings``, if they were not measured."""
+        parts = [r.joules for r in self.readings if r.headline]
+        if not parts or any(p is None for p in parts):
+            return None
+        return math.fsum(p for p in parts if p is not None) / self.repeats
+
+    def grams(self, carbon: CarbonTerms) -> float | None:
+        """Operational grams of CO2e per call."""
+        return None if self.joules is None else operational_grams(self.joules, carbon)
+
+
+def measure(
+    function: Callable[[], object],
+    *,
+    window_seconds: float = SHORT_WINDOW_SECONDS,
+    meter: str = "auto",
+    gpu_uuids: Sequence[str] | None = None,
+) -> Measurement:
+    """Joules and seconds per call of ``function``, in this process.
+
+    The function is called once to warm up, then often enough to fill ``window_seconds``.
+    ``gpu_uuids`` are the GPUs it uses; ``None`` means torch's current device if torch has
+    started CUDA in this process, else the host. Raises ``MeasurementError`` where the energy
+    source cannot be read.
+    """
+    function()
+    synchronize = _cuda_synchronize()
+    start = time.monotonic()
+    function()
+    synchronize()
+    repeats = max(1, math.ceil(window_seconds / max(time.monotonic() - start, 1e-9)))
+    uuids = _current_gpu() if gpu_uuids is None else list(gpu_uuids)
+    meters = open_meters(meter, gpu_uuids=uuids, allow_shared=False)
+    try:
+        for source in meters:
+            source.begin()
+        start = time.monotonic()
+        for _ in range(repeats):
+            function()
+        synchronize()
+        end = time.monotonic()
+        readings = tuple(r for source in meters for r in source.end(start, end))
+    finally:
+        for source in meters:
+            source.close()
+    return Measurement(repeats, end - start, readings)
+
+
+def _current_gpu() -> list[str]:
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return []
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return [f"GPU-{properties.uuid}"]
+
+
+def _cuda_synchronize() -> Callable[[], None]:
+    import torch
+
+    return torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None

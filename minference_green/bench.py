@@ -1,0 +1,508 @@
+"""The measuring loop: blocks of interleaved windows, each on disk before the next begins.
+
+The parent that runs here never imports torch. Per block it starts one worker process that
+holds the model; the meters, the run file and Ctrl-C belong to the parent.
+"""
+
+import secrets
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Protocol
+
+from pydantic import Field, TypeAdapter
+
+import minference_green
+from minference_green import fingerprint
+from minference_green.channel import Message, WorkerProcess
+from minference_green.errors import ExitCode, GreenBenchError, MeasurementError, UsageError
+from minference_green.meters.choose import open_meters
+from minference_green.meters.meter import Meter
+from minference_green.results import (
+    FILE_NAME,
+    Backends,
+    BlockDone,
+    CarbonTerms,
+    Device,
+    DeviceState,
+    Event,
+    Fingerprint,
+    Header,
+    Idle,
+    Journal,
+    MethodSpec,
+    Observation,
+    Plan,
+    Reading,
+    Record,
+    Run,
+    Setup,
+    Skip,
+    Window,
+    load,
+)
+from minference_green.validity import doubts
+from minference_green.workload import SYNTHETIC, Workload, format_length
+
+IDLE_SECONDS = 2.0
+"""Longest idle interval before and after a block."""
+
+_EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+class Request(Record):
+    """Everything a run was asked to do; stored in its header so that it can be resumed.
+
+    What is ``None``, ``auto`` or empty is decided by :func:`resolve` once the device is known.
+    """
+
+    model: str = "embedded"
+    methods: tuple[str, ...] = ("dense", "minference")
+    options: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """Method name to option name to value, as typed."""
+    context_lengths: tuple[int, ...] = ()
+    batch: int = 1
+    dtype: str = "auto"
+    seed: int = 0
+    prompt: str = SYNTHETIC
+    prompt_sha256: str | None = None
+    blocks: int | None = None
+    window_seconds: float | None = None
+    warmup_seconds: float | None = None
+    carbon: CarbonTerms
+    device: str = "auto"
+    meter: str = "auto"
+    allow_shared: bool = False
+    allow_longer: bool = False
+    command: tuple[str, ...] = ()
+
+
+def resolve(request: Request, kind: str) -> tuple[Workload, Plan]:
+    """What a request means on a ``gpu`` or a ``cpu``.
+
+    On a CPU one length and three blocks of short windows give a first answer within a
+    minute, marked ``quick``. On a GPU 5 s windows resolve a 100 ms counter to under 0.1 %.
+    """
+    gpu = kind == "gpu"
+    lengths = request.context_lengths or ((32 * 1024, 128 * 1024) if gpu else (8 * 1024,))
+    workload = Workload(
+        model=request.model,
+        context_lengths=tuple(sorted(set(lengths))),
+        batch=request.batch,
+        dtype=("bfloat16" if gpu else "float32") if request.dtype == "auto" else request.dtype,
+        seed=request.seed,
+        prompt=request.prompt,
+        prompt_sha256=request.prompt_sha256,
+    )
+    plan = Plan(
+        blocks=request.blocks or (6 if gpu else 3),
+        window_seconds=request.window_seconds or (5.0 if gpu else 2.0),
+        warmup_seconds=(
+            (120.0 if gpu else 5.0) if request.warmup_seconds is None else request.warmup_seconds
+        ),
+        quick=not gpu,
+    )
+    return workload, plan
+
+
+class Progress(Protocol):
+    """Where a run tells how far it is."""
+
+    def block(self, number: int, of: int, windows: int, window_seconds: float) -> None:
+        """A block begins, with that many windows of about that length."""
+
+    def say(self, message: str) -> None:
+        """What is happening now."""
+
+    def advance(self) -> None:
+        """One window is on disk."""
+
+
+class InterruptedRunError(GreenBenchError):
+    """The user stopped the run; what is finished is on disk."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+    def __init__(self, directory: Path, has_windows: bool) -> None:
+        super().__init__(
+            f"interrupted; finished windows are kept. Go on with: "
+            f"green-bench run --resume {directory.name} --output {directory.parent}"
+        )
+        self.directory = directory
+        self.has_windows = has_windows
+
+
+class NotResumableError(GreenBenchError):
+    """The machine, model or code is not what the run began with."""
+
+    exit_code = ExitCode.NOT_COMPARABLE
+
+
+def run(request: Request, output: Path, progress: Progress) -> Path:
+    """Measure ``request`` into a new directory under ``output``; returns that directory.
+
+    Raises ``UsageError`` for what cannot be run, ``MeasurementError`` for what cannot be
+    measured, ``InterruptedRunError`` on Ctrl-C; windows finished by then are on disk.
+    """
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    directory = output / f"{stamp}-{secrets.token_hex(2)}"
+    # The first thing on disk: an unwritable place is found before minutes of work.
+    with Journal(directory) as journal:
+        try:
+            _Experiment(request, directory, journal, None, progress).run()
+        except GreenBenchError:
+            _remove_if_empty(directory)
+            raise
+    return directory
+
+
+def resume(directory: Path, progress: Progress) -> Path:
+    """Go on with an unfinished run until it has all its blocks; returns ``directory``."""
+    if not (directory / FILE_NAME).is_file():
+        raise UsageError(
+            f"there is no run at {directory}; give the ID and the --output of an interrupted run"
+        )
+    with Journal(directory) as journal:
+        so_far = load(directory)
+        request = Request.model_validate(so_far.header.request)
+        _Experiment(request, directory, journal, so_far, progress).run()
+    return directory
+
+
+def _remove_if_empty(directory: Path) -> None:
+    """Leave nothing behind of a run that failed before its first record."""
+    file = directory / FILE_NAME
+    if file.exists() and file.stat().st_size == 0:
+        for path in directory.iterdir():
+            path.unlink()
+        directory.rmdir()
+
+
+class _Experiment:
+    """One run in progress: what the file holds so far, and the conversation with a worker."""
+
+    def __init__(
+        self,
+        request: Request,
+        directory: Path,
+        journal: Journal,
+        so_far: Run | None,
+        progress: Progress,
+    ) -> None:
+        self.request = request
+        self.directory = directory
+        self.journal = journal
+        self.header = so_far.header if so_far else None
+        self.events: list[Event] = list(so_far.events) if so_far else []
+        self.progress = progress
+        self.meters: list[Meter] = []
+
+    def run(self) -> None:
+        """Every block still missing, each in a worker of its own."""
+        try:
+            with _terminate_as_interrupt():
+                while self.blocks_missing != 0:
+                    self._run_block()
+        except KeyboardInterrupt:
+            has_windows = any(isinstance(e, Window) for e in self.events)
+            raise InterruptedRunError(self.directory, has_windows) from None
+        finally:
+            for meter in self.meters:
+                meter.close()
+
+    @property
+    def blocks_missing(self) -> int | None:
+        """Blocks still to measure; unknown until the first worker has named its device."""
+        if self.header is None:
+            return None
+        return max(0, self.header.plan.blocks - self.blocks_done)
+
+    @property
+    def blocks_done(self) -> int:
+        """Blocks whose worker finished."""
+        return sum(isinstance(e, BlockDone) for e in self.events)
+
+    def _run_block(self) -> None:
+        # A block cut short is measured anew under its number; readers take its last start.
+        block = self.blocks_done
+        worker = WorkerProcess("minference_green.worker", self.directory / "worker.log")
+        conversation = _Conversation(self, block, worker)
+        try:
+            conversation.serve()
+        except (EOFError, BrokenPipeError):
+            self._worker_died(block, worker, conversation.cell)
+        finally:
+            worker.stop()
+        self.record(BlockDone(block=block))
+
+    def record(self, event: Event) -> None:
+        """Put a record on disk and in memory."""
+        self.journal.append(event)
+        self.events.append(event)
+
+    def _worker_died(self, block: int, worker: WorkerProcess, cell: tuple[int, str] | None) -> None:
+        """Skip the cell that made the system kill the worker; anything else is an error."""
+        code = worker.stop()
+        if code != -signal.SIGKILL or cell is None:
+            raise MeasurementError(
+                f"the worker process ended unexpectedly (exit code {code}); "
+                f"its output is in {worker.log}"
+            )
+        length, method = cell
+        reason = f"the system killed the worker at {format_length(length)}, likely out of memory"
+        self.record(Skip(block=block, context_length=length, method=method, reason=reason))
+
+    def task(self, block: int, kind: str) -> Message:
+        """What a worker is asked to do, with what earlier blocks settled."""
+        request, events = self.request, self.events
+        if self.header is None:
+            workload, plan = resolve(request, kind)
+        else:
+            workload, plan = self.header.workload, self.header.plan
+        windows = 2 * len(workload.context_lengths) * len(request.methods)
+        self.progress.block(block + 1, plan.blocks, windows, plan.window_seconds)
+        return {
+            "block": block,
+            "workload": asdict(workload),
+            "methods": request.methods,
+            "options": request.options,
+            "allow_longer": request.allow_longer,
+            "window_seconds": plan.window_seconds,
+            "warmup_seconds": plan.warmup_seconds,
+            "idle_seconds": min(IDLE_SECONDS, plan.window_seconds),
+            "backends": {e.context_length: e.chosen for e in events if isinstance(e, Backends)},
+            "observed": [
+                (e.context_length, e.method) for e in events if isinstance(e, Observation)
+            ],
+            "excluded": [(e.context_length, e.method) for e in events if isinstance(e, Skip)],
+        }
+
+    def open_meters(self, device: Message) -> None:
+        """Open the energy sources for the device the worker uses; once per run."""
+        if not self.meters:
+            self.meters = open_meters(
+                self.request.meter,
+                gpu_uuids=[device["uuid"]] if device["kind"] == "gpu" else [],
+                allow_shared=self.request.allow_shared,
+            )
+
+    def identify(self, device: Message, loaded: Message) -> None:
+        """Write the header, or refuse to go on with a run whose ground has changed."""
+        workload, plan = resolve(self.request, device["kind"])
+        found = self._fingerprint(device, loaded, workload)
+        if self.header is None:
+            self.header = Header(
+                run_id=self.directory.name,
+                created_at=_now(),
+                version=minference_green.__version__,
+                command=self.request.command,
+                fingerprint=found,
+                workload=workload,
+                methods=tuple(MethodSpec(**m) for m in loaded["methods"]),
+                plan=plan,
+                carbon=self.request.carbon,
+                energy="; ".join(m.description for m in self.meters) or "not measured",
+                request=self.request.model_dump(mode="json"),
+            )
+            self.journal.append(self.header)
+        elif changed := _changes(self.header.fingerprint, found):
+            raise NotResumableError(
+                f"run {self.header.run_id} cannot go on here: {'; '.join(changed)}. "
+                "Start a new run, or return to what was."
+            )
+
+    def _fingerprint(self, device: Message, loaded: Message, workload: Workload) -> Fingerprint:
+        commit, dirty = fingerprint.code_version()
+        metered = [d for m in self.meters for d in m.devices]
+        return Fingerprint(
+            devices=_merge_devices(device, metered),
+            model=loaded["model"],
+            model_revision=loaded["revision"],
+            weights=loaded["weights"],
+            parameters=loaded["parameters"],
+            dtype=workload.dtype,
+            workload_hash=workload.hash,
+            software=fingerprint.software(device.get("cuda")),
+            kernel_hash=fingerprint.kernel_hash(),
+            code_commit=commit,
+            code_dirty=dirty,
+            cpu=fingerprint.cpu_name(),
+            hostname_hash=fingerprint.hostname_hash(),
+        )
+
+
+class _Conversation:
+    """Answers one worker: when it may run, and what its intervals cost."""
+
+    def __init__(self, experiment: _Experiment, block: int, worker: WorkerProcess) -> None:
+        self.experiment, self.block, self.worker = experiment, block, worker
+        self.cell: tuple[int, str] | None = None
+        """Context length and method the worker is busy with."""
+        self.device: Message = {}
+        self.load_seconds = 0.0
+        self.before: tuple[DeviceState, ...] = ()
+        self.unread_windows = 0
+
+    def serve(self) -> None:
+        """Answer the worker until it is done; raises ``EOFError`` if it vanishes."""
+        channel = self.worker.channel
+        channel.send("device", name=self.experiment.request.device)
+        while True:
+            message = channel.receive()
+            if message is None:
+                raise EOFError
+            if message["type"] == "done":
+                return
+            channel.send("go", **self._answer(message))
+
+    def _answer(self, message: Message) -> Message:
+        experiment = self.experiment
+        match message["type"]:
+            case "hello":
+                self.device = message["device"]
+                experiment.open_meters(self.device)
+                self._begin()
+                return {"task": experiment.task(self.block, self.device["kind"])}
+            case "loaded":
+                self.load_seconds = message["seconds"]
+                experiment.identify(self.device, message)
+            case "cell":
+                self.cell = (message["context_length"], message["method"])
+                length = format_length(message["context_length"])
+                experiment.progress.say(f"{message['step']} {message['method']} at {length}")
+            case "prepared":
+                experiment.record(
+                    Setup(
+                        block=self.block,
+                        load_seconds=self.load_seconds,
+                        warmup_seconds=message["warmup_seconds"],
+                        readings=self._end(message),
+                    )
+                )
+            case "record":
+                experiment.record(_EVENT.validate_python(message["record"]))
+            case "temperature":
+                return {"celsius": self._temperature()}
+            case "ready":
+                self._begin()
+            case "idle":
+                experiment.record(
+                    Idle(
+                        block=self.block,
+                        when=message["when"],
+                        seconds=message["end"] - message["start"],
+                        readings=self._end(message),
+                    )
+                )
+            case "window":
+                experiment.record(self._window(message))
+                experiment.progress.advance()
+            case "error":
+                raise WorkerError(message["message"], ExitCode(message["exit_code"]))
+            case "crash":
+                raise MeasurementError(
+                    f"the worker failed: {message['message']}; "
+                    f"the traceback is in {self.worker.log}"
+                )
+            case unknown:
+                raise AssertionError(unknown)
+        return {}
+
+    def _begin(self) -> None:
+        self.before = self._state()
+        for meter in self.experiment.meters:
+            meter.begin()
+
+    def _end(self, message: Message) -> tuple[Reading, ...]:
+        start, end = message["start"], message["end"]
+        return tuple(r for m in self.experiment.meters for r in m.end(start, end))
+
+    def _state(self) -> tuple[DeviceState, ...]:
+        return tuple(s for m in self.experiment.meters for s in m.state())
+
+    def _temperature(self) -> float | None:
+        known = [s.temperature_celsius for s in self._state()]
+        return max((t for t in known if t is not None), default=None)
+
+    def _window(self, message: Message) -> Window:
+        """The window as a record; one whose energy cannot be read is kept as invalid.
+
+        The second such window in a row ends the run: the source is gone, not unlucky.
+        """
+        now = datetime.now(UTC)
+        try:
+            readings, unread = self._end(message), None
+        except MeasurementError as error:
+            if self.unread_windows:
+                raise
+            readings, unread = (), str(error)
+        self.unread_windows = self.unread_windows + 1 if unread else 0
+        after = self._state()
+        seconds = message["end"] - message["start"]
+        valid, reasons = doubts(seconds, message["device_seconds"], readings, self.before, after)
+        return Window(
+            block=self.block,
+            order=message["order"],
+            context_length=message["context_length"],
+            method=message["method"],
+            repeats=message["repeats"],
+            tokens=message["tokens"],
+            start_seconds=message["start"],
+            end_seconds=message["end"],
+            device_seconds=message["device_seconds"],
+            started_at=(now - timedelta(seconds=seconds)).isoformat(timespec="seconds"),
+            readings=readings,
+            before=self.before,
+            after=after,
+            valid=valid and unread is None,
+            reasons=(unread, *reasons) if unread else reasons,
+        )
+
+
+class WorkerError(GreenBenchError):
+    """An error the worker met, with its own exit code."""
+
+    def __init__(self, message: str, exit_code: ExitCode) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def _merge_devices(device: Message, metered: list[Device]) -> tuple[Device, ...]:
+    """The metered devices, with what only torch knows of the one the model runs on."""
+    if device["kind"] == "cpu":
+        return tuple(metered) or (Device(kind="cpu", name=fingerprint.cpu_name()),)
+    known = {d.uuid: d for d in metered}
+    ours = known.pop(device["uuid"], Device(kind="gpu", name=device["name"], uuid=device["uuid"]))
+    from_torch = {"memory_bytes": device["memory_bytes"], "capability": device["capability"]}
+    return (ours.model_copy(update=from_torch), *known.values())
+
+
+def _changes(before: Fingerprint, now: Fingerprint) -> list[str]:
+    """What makes windows taken now a different experiment from those on file."""
+    keys = ("devices", "model_revision", "dtype", "workload_hash", "kernel_hash", "software")
+    return [
+        f"{key} changed from {getattr(before, key)} to {getattr(now, key)}"
+        for key in keys
+        if getattr(before, key) != getattr(now, key)
+    ]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM, as a CI system sends it, like Ctrl-C."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,88 @@
+"""JSON lines between the run's parent process and the worker that holds the model."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Self
+
+Message = dict[str, Any]
+
+
+class Channel:
+    """One side of a two-way pipe; a message is one JSON object a line.
+
+    File descriptors of its own rather than stdin and stdout, so that a library that prints
+    cannot break the conversation.
+    """
+
+    def __init__(self, read_fd: int, write_fd: int) -> None:
+        self._reader = os.fdopen(read_fd, "r", encoding="utf-8")
+        self._writer = os.fdopen(write_fd, "w", encoding="utf-8")
+
+    def send(self, type_: str, **fields: Any) -> None:
+        """Send one message; raises ``BrokenPipeError`` when the other side is gone."""
+        self._writer.write(json.dumps({"type": type_, **fields}) + "\n")
+        self._writer.flush()
+
+    def receive(self) -> Message | None:
+        """The next message, or ``None`` when the other side closed."""
+        line = self._reader.readline()
+        if not line.endswith("\n"):
+            return None
+        message: Message = json.loads(line)
+        return message
+
+    def ask(self, type_: str, **fields: Any) -> Message:
+        """Send one message and wait for the answer; raises ``EOFError`` if none comes."""
+        self.send(type_, **fields)
+        answer = self.receive()
+        if answer is None:
+            raise EOFError("the other process closed the channel")
+        return answer
+
+    def close(self) -> None:
+        """Close both directions."""
+        self._reader.close()
+        with contextlib.suppress(BrokenPipeError):  # closing flushes; nobody is left to read
+            self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class WorkerProcess:
+    """A worker started in a session of its own, so that Ctrl-C reaches only the parent."""
+
+    def __init__(self, module: str, log: Path) -> None:
+        ours_read, theirs_write = os.pipe()
+        theirs_read, ours_write = os.pipe()
+        self.log = log
+        self.channel = Channel(ours_read, ours_write)
+        with log.open("ab") as log_file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", module, str(theirs_read), str(theirs_write)],
+                pass_fds=(theirs_read, theirs_write),
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                start_new_session=True,
+                # CUDA's own order is not NVML's; a UUID check follows all the same.
+                env={**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
+            )
+        os.close(theirs_read)
+        os.close(theirs_write)
+
+    def stop(self) -> int:
+        """End the process if it still runs; its exit code, negative for a signal."""
+        self.channel.close()
+        try:
+            return self._process.wait(timeout=2.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()

@@ -1,0 +1,77 @@
+"""The ``green-bench`` command. Verbs import what they need when they run."""
+
+import sys
+import traceback
+from typing import Annotated
+
+import click
+import typer
+
+import minference_green
+from minference_green.cli import report, run
+from minference_green.errors import ExitCode, GreenBenchError
+
+EXIT_CODES = """\
+Exit codes: 0 pass or improved; 1 proven regression; 2 usage or configuration; 3 inconclusive;
+4 not comparable, or a required baseline is missing; 5 measurement invalid; 130 interrupted.
+
+Add --debug to any command to see the traceback of an error.
+"""
+
+app = typer.Typer(
+    name="green-bench",
+    help="Dense versus sparse prefill in joules, gCO2e and seconds per million tokens.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("run")(run.run)
+app.command("report")(report.report)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"green-bench {minference_green.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    _version_wanted: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Dense versus sparse prefill in joules, gCO2e and seconds per million tokens."""
+
+
+def main() -> None:
+    """Run one command; every error ends as one sentence and an exit code."""
+    arguments, debug = _take_debug(sys.argv[1:])
+    try:
+        sys.exit(app(args=arguments, standalone_mode=False) or ExitCode.PASS)
+    except GreenBenchError as error:
+        if debug:
+            traceback.print_exc()
+        typer.echo(f"green-bench: {error}", err=True)
+        sys.exit(int(error.exit_code))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(int(ExitCode.USAGE))
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        sys.exit(int(ExitCode.INTERRUPTED))
+    except BrokenPipeError:  # the reader of our output, such as head, had enough
+        sys.stderr.close()
+        sys.exit(int(ExitCode.PASS))
+
+
+def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """Split ``--debug`` off our own arguments; those after ``--`` are another program's."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    ours = [a for a in arguments[:end] if a != "--debug"]
+    return ours + arguments[end:], len(ours) < end
+
+
+if __name__ == "__main__":
+    main()

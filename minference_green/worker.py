@@ -1,0 +1,482 @@
+"""The process that holds the model: one process start is one block of an experiment.
+
+It runs what the parent lets it run and reports when. It neither reads energy nor writes the
+run file; the parent does both, so that a killed worker loses nothing.
+"""
+
+import ctypes
+import gc
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minference_green.channel import Channel
+from minference_green.errors import GreenBenchError, UsageError
+from minference_green.methods.choose import method_from_name
+from minference_green.methods.dense import Dense, time_backends
+from minference_green.methods.method import PrefillMethod, ProfiledMethod
+from minference_green.model.attention import switched
+from minference_green.model.loading import LoadedModel, load
+from minference_green.results import Backends, Note, Observation, Skip
+from minference_green.workload import Workload, format_length
+
+SAMPLED_POSITIONS = 256
+"""Prompt positions whose most likely next token is compared with the reference arm's."""
+
+DENSITY_WARNING = 0.8
+"""Above this a sparse method computes nearly everything and is a dense one with overhead."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the parent asks of one worker."""
+
+    block: int
+    workload: Workload
+    methods: tuple[str, ...]
+    options: dict[str, dict[str, str]]
+    allow_longer: bool
+    window_seconds: float
+    warmup_seconds: float
+    idle_seconds: float
+    backends: dict[int, str]
+    """Dense backend already chosen, by context length."""
+    observed: tuple[tuple[int, str], ...]
+    """Cells whose observation is on file."""
+    excluded: tuple[tuple[int, str], ...]
+    """Cells not to run: an earlier worker died in them."""
+
+    @classmethod
+    def from_message(cls, fields: dict[str, Any]) -> "Task":
+        """Rebuild from JSON."""
+        workload = dict(fields["workload"])
+        workload["context_lengths"] = tuple(workload["context_lengths"])
+        return cls(
+            block=fields["block"],
+            workload=Workload(**workload),
+            methods=tuple(fields["methods"]),
+            options=fields["options"],
+            allow_longer=fields["allow_longer"],
+            window_seconds=fields["window_seconds"],
+            warmup_seconds=fields["warmup_seconds"],
+            idle_seconds=fields["idle_seconds"],
+            backends={int(k): v for k, v in fields["backends"].items()},
+            observed=tuple((n, m) for n, m in fields["observed"]),
+            excluded=tuple((n, m) for n, m in fields["excluded"]),
+        )
+
+
+class Cell:
+    """One arm at one context length, ready to prefill."""
+
+    def __init__(
+        self, model: LoadedModel, method: PrefillMethod, dense: Dense, ids: Tensor
+    ) -> None:
+        self.model, self.method, self.dense, self.ids = model, method, dense, ids
+        self.seconds = 0.0
+
+    @torch.inference_mode()
+    def prefill(self, keep: int | Tensor = 1) -> Tensor:
+        """Logits ``[B, kept, vocabulary]`` of one prefill that fills a fresh cache."""
+        with switched(self.model.model, self.method, dense=self.dense):
+            return self._forward(keep)
+
+    def _forward(self, keep: int | Tensor) -> Tensor:
+        out = self.model.model(input_ids=self.ids, use_cache=True, logits_to_keep=keep)
+        logits: Tensor = out.logits
+        return logits
+
+    @torch.inference_mode()
+    def repeat(self, times: int) -> tuple[float, float, float | None]:
+        """Prefill ``times`` times; monotonic start and end, and seconds by device events."""
+        with switched(self.model.model, self.method, dense=self.dense):
+            synchronize(self.ids.device)
+            marks = _events(self.ids.device)
+            start = time.monotonic()
+            if marks:
+                marks[0].record()
+            for _ in range(times):
+                self._forward(1)
+            if marks:
+                marks[1].record()
+            synchronize(self.ids.device)
+            end = time.monotonic()
+        return start, end, marks[0].elapsed_time(marks[1]) / 1e3 if marks else None
+
+
+def _events(device: torch.device) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(
+            f"--device {name!r} is not a device; use auto, cpu, cuda or cuda:N"
+        ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(
+                f"--device {name} asks for a GPU, but torch {torch.__version__} sees none; "
+                "install a CUDA build of torch or use --device cpu"
+            )
+        index = device.index or 0
+        if index >= torch.cuda.device_count():
+            raise UsageError(
+                f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s)"
+            )
+        return torch.device("cuda", index)
+    return device
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """What the parent needs to choose a meter."""
+    if device.type == "cpu":
+        return {"kind": "cpu"}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "kind": "gpu",
+        "uuid": f"GPU-{properties.uuid}",
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+    }
+
+
+def main(read_fd: int, write_fd: int) -> int:
+    """Serve one block over the channel; the exit code is 0 unless the parent went away."""
+    _die_with_parent()
+    with Channel(read_fd, write_fd) as channel:
+        first = channel.receive()
+        if first is None:
+            return 1
+        try:
+            device = resolve_device(first["name"])
+            answer = channel.ask("hello", device=describe_device(device))
+            serve(channel, Task.from_message(answer["task"]), device)
+            channel.send("done")
+        except GreenBenchError as error:
+            channel.send("error", message=str(error), exit_code=int(error.exit_code))
+        except (BrokenPipeError, EOFError):
+            return 1
+        except Exception as error:  # noqa: BLE001 - the last frame of a process must tell
+            traceback.print_exc()  # to the worker's log, which the parent names
+            channel.send("crash", message=f"{type(error).__name__}: {error}")
+    return 0
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this process with its parent, even one killed with SIGKILL."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() == 1:
+        sys.exit(1)
+
+
+def serve(channel: Channel, task: Task, device: torch.device) -> None:
+    """Load, prepare every cell, observe, settle, measure: the block from start to end."""
+    began = time.monotonic()
+    model = load(
+        task.workload.model,
+        device=device,
+        dtype=getattr(torch, task.workload.dtype),
+        seed=task.workload.seed,
+        allow_longer=task.allow_longer,
+    )
+    methods = {
+        name: method_from_name(name, task.options.get(name, {}), patterns=model.patterns)
+        for name in task.methods
+    }
+    loaded = time.monotonic()
+    channel.ask("loaded", **_identity(model, methods), seconds=loaded - began)
+    cells = _prepare(channel, task, model, methods)
+    synchronize(device)
+    channel.ask(
+        "prepared", start=began, end=time.monotonic(), warmup_seconds=time.monotonic() - loaded
+    )
+    for length in task.workload.context_lengths:
+        _observe(channel, task, length, cells)
+    _idle(channel, task, "before", device)
+    for length in task.workload.context_lengths:
+        arms = [name for name in task.methods if (length, name) in cells]
+        if arms:
+            settle_seconds = (
+                task.warmup_seconds if length == task.workload.context_lengths[0] else 0.0
+            )
+            _settle(channel, {name: cells[length, name] for name in arms}, settle_seconds)
+            _measure(channel, task, length, {name: cells[length, name] for name in arms})
+            _free(device)
+    _idle(channel, task, "after", device)
+
+
+def _identity(model: LoadedModel, methods: dict[str, PrefillMethod]) -> dict[str, Any]:
+    return {
+        "model": model.spec,
+        "revision": model.revision,
+        "weights": model.weights,
+        "parameters": model.parameters,
+        "methods": [{"name": m.name, "parameters": dict(m.parameters)} for m in methods.values()],
+    }
+
+
+def _prepare(
+    channel: Channel, task: Task, model: LoadedModel, methods: dict[str, PrefillMethod]
+) -> dict[tuple[int, str], Cell]:
+    """Compile and warm every arm at every length once; a cell that does not fit is skipped."""
+    cells: dict[tuple[int, str], Cell] = {}
+    for length in task.workload.context_lengths:
+        ids = model.prompt(task.workload, length)
+        dense = _choose_dense(channel, task, model, length, methods)
+        for name, method in methods.items():
+            if (length, name) in task.excluded:
+                continue
+            channel.ask("cell", step="preparing", context_length=length, method=name)
+            arm = dense if isinstance(method, Dense) else method
+            cell = Cell(model, arm, dense, ids)
+            try:
+                for _ in range(2):  # the first compiles, the second is timed
+                    start, end, _seconds = cell.repeat(1)
+                    cell.seconds = end - start
+            except torch.OutOfMemoryError as error:
+                _skip(channel, task, length, name, error)
+                continue
+            finally:
+                _free(ids.device)
+            cells[length, name] = cell
+    return cells
+
+
+def _choose_dense(
+    channel: Channel,
+    task: Task,
+    model: LoadedModel,
+    length: int,
+    methods: dict[str, PrefillMethod],
+) -> Dense:
+    """The dense kernel of this length: the user's, the one on file, or the fastest now."""
+    for method in methods.values():
+        if isinstance(method, Dense) and method.backend is not None:
+            return method
+    if length in task.backends:
+        return Dense(task.backends[length])
+    q, k, v = model.attention_inputs(task.workload.batch, length)
+    timings = time_backends(q, k, v, scale=q.shape[-1] ** -0.5)
+    record = Backends(
+        block=task.block,
+        context_length=length,
+        dtype=task.workload.dtype,
+        seconds=timings.seconds,
+        reasons=timings.reasons,
+        chosen=timings.fastest,
+    )
+    channel.ask("record", record=record.model_dump(mode="json"))
+    return Dense(timings.fastest)
+
+
+def _skip(channel: Channel, task: Task, length: int, name: str, error: BaseException) -> None:
+    first_line = str(error).strip().splitlines()[0]
+    record = Skip(
+        block=task.block,
+        context_length=length,
+        method=name,
+        reason=f"out of memory at {format_length(length)}: {first_line}",
+    )
+    channel.ask("record", record=record.model_dump(mode="json"))
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class _Profiling:
+    """A method that runs its ``profile`` and keeps the accounts, layer by layer."""
+
+    def __init__(self, method: ProfiledMethod) -> None:
+        self._method = method
+        self.name, self.parameters = method.name, method.parameters
+        self.density: dict[int, tuple[float, ...]] = {}
+        self.steps = [0.0, 0.0, 0.0]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> Tensor:
+        account = self._method.profile(q, k, v, scale=scale, layer=layer)
+        self.density[layer] = tuple(account.density.tolist())
+        seconds = (account.estimate_seconds, account.index_seconds, account.attend_seconds)
+        self.steps = [total + step for total, step in zip(self.steps, seconds, strict=True)]
+        return account.out
+
+
+def _observe(channel: Channel, task: Task, length: int, cells: dict[tuple[int, str], Cell]) -> None:
+    """Density, time of the steps, and output error against the reference arm; unmetered."""
+    reference: tuple[Tensor, Tensor] | None = None
+    for order, name in enumerate(task.methods):
+        if (length, name) not in cells:
+            continue
+        cell = cells[length, name]
+        wanted = (length, name) not in task.observed
+        if not wanted and order > 0:
+            continue
+        positions = _sampled_positions(length, cell.ids.device)
+        profiling = _Profiling(cell.method) if isinstance(cell.method, ProfiledMethod) else None
+        probe = Cell(cell.model, profiling or cell.method, cell.dense, cell.ids)
+        try:
+            logits = probe.prefill(positions)
+        except torch.OutOfMemoryError as error:
+            first_line = str(error).strip().splitlines()[0]
+            note = Note(message=f"{name} at {format_length(length)} not observed: {first_line}")
+            channel.ask("record", record=note.model_dump(mode="json"))
+            continue
+        finally:
+            _free(cell.ids.device)
+        last, top1 = logits[:, -1].float(), logits.argmax(-1)
+        if order == 0:
+            reference = (last, top1)
+        if not wanted:
+            continue
+        record = _observation(task.block, length, name, profiling)
+        if order > 0 and reference is not None:
+            record = record.model_copy(
+                update={
+                    "logits_relative_error": float(
+                        (last - reference[0]).norm() / reference[0].norm()
+                    ),
+                    "top1_agreement": float((top1 == reference[1]).double().mean()),
+                    "sampled_positions": int(top1.numel()),
+                }
+            )
+        channel.ask("record", record=record.model_dump(mode="json"))
+
+
+def _observation(block: int, length: int, name: str, profiling: _Profiling | None) -> Observation:
+    if profiling is None:
+        return Observation(
+            block=block,
+            context_length=length,
+            method=name,
+            density=None,
+            density_reason="the method has no profile(), so it does not tell what it computes",
+        )
+    density = fmean(d for layer in profiling.density.values() for d in layer)
+    notes: tuple[str, ...] = ()
+    if density > DENSITY_WARNING and name != "dense":
+        notes = (
+            f"density {density:.2f} at {format_length(length)}: these budgets leave almost "
+            "nothing out; use smaller budgets or a pattern file made for this model",
+        )
+    return Observation(
+        block=block,
+        context_length=length,
+        method=name,
+        density=density,
+        density_by_layer=tuple(profiling.density[layer] for layer in sorted(profiling.density)),
+        estimate_seconds=profiling.steps[0],
+        index_seconds=profiling.steps[1],
+        attend_seconds=profiling.steps[2],
+        notes=notes,
+    )
+
+
+def _sampled_positions(length: int, device: torch.device) -> Tensor:
+    """Positions spread evenly over the prompt, the last one always among them."""
+    count = min(SAMPLED_POSITIONS, length)
+    return (
+        torch.linspace(length / count, length, count, dtype=torch.float64)
+        .round()
+        .long()
+        .sub(1)
+        .to(device)
+    )
+
+
+def _idle(channel: Channel, task: Task, when: str, device: torch.device) -> None:
+    synchronize(device)
+    channel.ask("ready")
+    start = time.monotonic()
+    time.sleep(task.idle_seconds)
+    channel.ask("idle", when=when, start=start, end=time.monotonic())
+
+
+def _settle(channel: Channel, arms: dict[str, Cell], limit_seconds: float) -> None:
+    """Run the arms in turn until three rounds agree in time and temperature, or the limit."""
+    deadline = time.monotonic() + limit_seconds
+    rounds: list[tuple[float, float | None]] = []
+    while time.monotonic() + sum(c.seconds for c in arms.values()) <= deadline:
+        took = 0.0
+        for cell in arms.values():
+            start, end, _ = cell.repeat(1)
+            cell.seconds = end - start
+            took += cell.seconds
+        rounds.append((took, channel.ask("temperature")["celsius"]))
+        if settled(rounds):
+            return
+
+
+def settled(rounds: Sequence[tuple[float, float | None]]) -> bool:
+    """Whether the last three (seconds, temperature) differ by under 0.5 % and 1 degree."""
+    if len(rounds) < 3:
+        return False
+    seconds = [r[0] for r in rounds[-3:]]
+    celsius = [r[1] for r in rounds[-3:] if r[1] is not None]
+    steady = max(seconds) - min(seconds) < 0.005 * min(seconds)
+    return steady and (not celsius or max(celsius) - min(celsius) <= 1.0)
+
+
+def window_order(methods: Sequence[str], block: int) -> list[str]:
+    """ABBA for two arms, there and back for more; the starting arm rotates with the block.
+
+    There and back gives every arm the same mean position, so a linear drift cancels.
+    """
+    shift = block % len(methods)
+    forth = [*methods[shift:], *methods[:shift]]
+    return forth + forth[::-1]
+
+
+def _measure(channel: Channel, task: Task, length: int, arms: dict[str, Cell]) -> None:
+    for order, name in enumerate(window_order(list(arms), task.block)):
+        cell = arms[name]
+        channel.ask("cell", step="measuring", context_length=length, method=name)
+        # A twentieth more than asked, so that a slightly faster repeat is not a short window.
+        repeats = max(1, math.ceil(1.05 * task.window_seconds / cell.seconds))
+        channel.ask("ready", context_length=length, method=name)
+        start, end, device_seconds = cell.repeat(repeats)
+        channel.ask(
+            "window",
+            context_length=length,
+            method=name,
+            order=order,
+            repeats=repeats,
+            tokens=repeats * cell.ids.numel(),
+            start=start,
+            end=end,
+            device_seconds=device_seconds,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
