@@ -131,11 +131,14 @@ class BlockIndex:
         rows = (self.n_k - r0).clamp(max=TILE)
         first = self.blocks.long() * TILE
         width = (self.n_k - first).clamp(0, TILE)
-        # Row r of the tile sees min(width, r0 + r - first + 1) keys of the block, at least 0.
-        reach = (r0 - first + 1)[..., None] + torch.arange(TILE, device=tile.device)
-        seen = torch.minimum(reach.clamp(min=0), width[..., None])
-        row_exists = torch.arange(TILE, device=tile.device) < rows[..., None]
-        return (seen * row_exists * valid[..., None]).sum((-1, -2))
+
+        def seen_up_to(row: Tensor) -> Tensor:
+            # Row r sees min(width, r - first + 1) keys of the block, at least 0: a ramp, summed.
+            reach = (row - first + 1).clamp(min=0)
+            ramp = torch.minimum(reach, width)
+            return ramp * (ramp + 1) // 2 + (reach - ramp) * width
+
+        return ((seen_up_to(r0 + rows - 1) - seen_up_to(r0 - 1)) * valid).sum(-1)
 
     def density(self, n_q: int) -> Tensor:
         """Visible over causal pairs, float64 ``[B, H]``, at most 1."""

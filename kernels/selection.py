@@ -1,0 +1,225 @@
+"""From scores to an index: deterministic top-k and the builders of both index types.
+
+Torch only and on any device. Nothing here waits for the device: sizes come from budgets and
+lengths, never from data, so that a CUDA stream runs from estimate to attend without a stop.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from minference_green.kernels.index import NONE, TILE, BandIndex, BlockIndex
+
+FORCED_COLUMNS = 30
+"""First columns that are always chosen, and the least number of columns (MInference)."""
+
+FORCED_OFFSETS = 100
+"""First slashes that are always chosen first (MInference)."""
+
+LEAST_OFFSETS = 50
+"""The least number of slashes (MInference)."""
+
+_SLAB = 2**24
+"""Scores of block pairs held at once: 64 MiB of them, 128 MiB of their sort keys."""
+
+_LOW = 2**31 - 1
+_UNREACHABLE = -(2**63)
+
+
+def top_positions(scores: Tensor, counts: Sequence[int], forced: int) -> Tensor:
+    """Ascending positions of each head's largest scores, its first ``forced`` positions first.
+
+    Equal scores go to the smaller position, so that an index is the same on every device.
+    Shapes: ``scores [B, H, N]`` fp32 and one of ``counts`` per head; returns int32
+    ``[B, H, min(max(counts), N)]``, padded with ``NONE``. Raises ``ValueError`` on another
+    dtype or number of counts.
+    """
+    if scores.dtype != torch.float32:
+        raise ValueError(f"scores must be float32, got {scores.dtype}")
+    _check_counts(counts, scores.shape[1])
+    keys = _sort_keys(scores)
+    keys[..., :forced] = (keys[..., :forced] & _LOW) | (_LOW << 32)
+    return _positions(_largest(keys, counts)).sort(-1).values
+
+
+def band_index(
+    columns: Tensor,
+    slashes: Tensor,
+    heads: Tensor,
+    vertical_sizes: Sequence[int],
+    slash_sizes: Sequence[int],
+    *,
+    cut_tiles: Callable[[Tensor], Tensor],
+) -> BandIndex:
+    """MInference's vertical-slash choice: each head's best columns and best slashes.
+
+    Per head ``min(N, max(vertical_size, 30))`` columns with the first 30 always among them,
+    and ``min(N, max(slash_size, 50))`` slashes, the first 100 before any other.
+
+    Shapes: ``columns`` and ``slashes [B, H, N]`` fp32, ``heads [H]`` int32 query heads, one
+    size per head. ``cut_tiles`` turns ascending slashes into tile starts on their device.
+    Raises ``ValueError`` if sizes and heads differ in number.
+    """
+    verticals = [max(size, FORCED_COLUMNS) for size in vertical_sizes]
+    offsets = [max(size, LEAST_OFFSETS) for size in slash_sizes]
+    return BandIndex(
+        heads=heads,
+        tile_starts=cut_tiles(top_positions(slashes, offsets, FORCED_OFFSETS)),
+        columns=top_positions(columns, verticals, FORCED_COLUMNS),
+        n_k=columns.shape[2],
+    )
+
+
+def a_shape_index(
+    heads: Tensor, n_inits: Sequence[int], n_locals: Sequence[int], *, batch: int, n_k: int
+) -> BandIndex:
+    """The first ``n_init`` keys and a local window of at least ``n_local``; nothing to estimate.
+
+    Shapes: ``heads [H]`` int32 query heads, one size of each kind per head. Raises
+    ``ValueError`` if sizes and heads differ in number, or on a window that misses the diagonal.
+    """
+    _check_counts(n_inits, len(heads))
+    _check_counts(n_locals, len(heads))
+    if min(n_locals) < 1:
+        raise ValueError(f"n_local must be at least 1, the diagonal, got {min(n_locals)}")
+    # The first row of a tile looks n_local - 1 keys back, its other rows less far past it.
+    starts = [range(0, min(n_local - 1, n_k), TILE) for n_local in n_locals]
+    columns = [range(min(n_init, n_k)) for n_init in n_inits]
+    return BandIndex(
+        heads=heads,
+        tile_starts=_padded_rows(starts, batch, heads.device),
+        columns=_padded_rows(columns, batch, heads.device),
+        n_k=n_k,
+    )
+
+
+def join_bands(first: BandIndex, second: BandIndex) -> BandIndex:
+    """One index of both heads lists, so that a layer needs one launch."""
+    if first.n_k != second.n_k:
+        raise ValueError(f"indices of different lengths: n_k = {first.n_k} and {second.n_k}")
+    return BandIndex(
+        heads=torch.cat([first.heads, second.heads]),
+        tile_starts=_stack_heads(first.tile_starts, second.tile_starts),
+        columns=_stack_heads(first.columns, second.columns),
+        n_k=first.n_k,
+    )
+
+
+def block_index(
+    q_means: Tensor,
+    k_means: Tensor,
+    heads: Tensor,
+    top_ks: Sequence[int],
+    *,
+    scale: float,
+    n_q: int,
+    n_k: int,
+) -> BlockIndex:
+    """MInference's block-sparse choice: the best key tiles of each query tile by pooled score.
+
+    Among key tiles that start at or before the query tile's last row: the ``top_k`` of largest
+    ``scale * mean(Q) . mean(K)``, tile 0, and every tile that reaches past the query tile's
+    first row (MInference keeps neither of the last two, and a query can then lose itself).
+
+    Shapes: ``q_means [B, H, ceil(n_q / TILE), D]`` and ``k_means [B, H, ceil(n_k / TILE), D]``
+    fp32, KV heads repeated for their query heads; ``heads [H]`` int32, one ``top_k`` per head.
+    Memory beyond the index is bounded whatever the length. Raises ``ValueError`` if shapes,
+    lengths or numbers of heads disagree.
+    """
+    batch, n_heads, n_tiles, _ = q_means.shape
+    n_blocks = k_means.shape[2]
+    _check_counts(top_ks, n_heads)
+    if (n_tiles, n_blocks) != (-(-n_q // TILE), -(-n_k // TILE)):
+        raise ValueError(
+            f"means of {n_tiles} query and {n_blocks} key tiles do not fit "
+            f"n_q = {n_q}, n_k = {n_k} at {TILE} tokens a tile"
+        )
+    device = q_means.device
+    firsts = range(n_k - n_q, n_k, TILE)
+    reachable = [(min(first + TILE, n_k) - 1) // TILE + 1 for first in firsts]
+    capacity = sum(min(n, max(top_ks) + 3) for n in reachable)
+    starts = torch.zeros(batch, n_heads, n_tiles + 1, dtype=torch.int32, device=device)
+    # One more slot than the capacity takes what is not kept.
+    blocks = torch.full((batch, n_heads, capacity + 1), NONE, dtype=torch.int32, device=device)
+    slab = max(1, _SLAB // (batch * n_heads * n_blocks))
+    for begin in range(0, n_tiles, slab):
+        end = min(begin + slab, n_tiles)
+        scores = q_means[:, :, begin:end] @ k_means.transpose(-1, -2) * scale
+        chosen = _choose_blocks(scores, top_ks, n_k - n_q + begin * TILE, n_k)
+        kept = chosen != NONE
+        ends = starts[:, :, begin, None] + kept.sum(-1).cumsum(-1)
+        starts[:, :, begin + 1 : end + 1] = ends
+        rank = starts[:, :, begin:end, None] + kept.cumsum(-1) - 1
+        slot = torch.where(kept, rank, capacity)
+        blocks.scatter_(2, slot.flatten(2), torch.where(kept, chosen, NONE).flatten(2))
+    return BlockIndex(heads=heads, starts=starts, blocks=blocks[..., :capacity], n_q=n_q, n_k=n_k)
+
+
+def _choose_blocks(scores: Tensor, top_ks: Sequence[int], first_row: int, n_k: int) -> Tensor:
+    """Key tiles of consecutive query tiles: int32, each once in ascending order, or ``NONE``.
+
+    Shapes: ``scores [B, H, M, key tiles]``; returns ``[B, H, M, C]``.
+    """
+    batch, n_heads, n_tiles, n_blocks = scores.shape
+    first = first_row + TILE * torch.arange(n_tiles, dtype=torch.int32, device=scores.device)
+    last = (first + TILE).clamp(max=n_k) - 1
+    block = torch.arange(n_blocks, device=scores.device)
+    keys = _sort_keys(scores).masked_fill_(block > (last // TILE)[:, None], _UNREACHABLE)
+    best = _positions(_largest(keys, top_ks))
+    always = torch.stack([torch.zeros_like(first), first // TILE, last // TILE], dim=-1)
+    both = torch.cat([best, always.expand(batch, n_heads, -1, -1)], dim=-1).sort(-1).values
+    repeated = torch.nn.functional.pad(both[..., 1:] == both[..., :-1], (1, 0))
+    return both.masked_fill_(repeated, NONE)
+
+
+def _sort_keys(scores: Tensor) -> Tensor:
+    """Distinct int64 keys in the order of (score, smaller position), along the last dimension."""
+    # Adding +0 turns -0 into +0; a negative float's bits grow with its magnitude.
+    bits = (scores + 0.0).view(torch.int32)
+    bits = bits ^ ((bits >> 31) & _LOW)
+    position = torch.arange(scores.shape[-1], device=scores.device)
+    return (bits.long() << 32) | (_LOW - position)
+
+
+def _largest(keys: Tensor, counts: Sequence[int]) -> Tensor:
+    """The largest keys ``[B, H, ..., max(counts)]``; past a head's count, unreachable ones."""
+    width = min(max(counts), keys.shape[-1])
+    largest = keys.topk(width, sorted=True).values
+    if min(counts) >= width:
+        return largest
+    limit = _to_device(counts, keys.device).view(-1, *[1] * (keys.ndim - 2))
+    beyond = torch.arange(width, device=keys.device) >= limit
+    return largest.masked_fill_(beyond, _UNREACHABLE)
+
+
+def _positions(keys: Tensor) -> Tensor:
+    """The int32 positions that keys stand for; ``NONE`` for unreachable ones."""
+    position = (_LOW - (keys & _LOW)).to(torch.int32)
+    return position.masked_fill_(keys == _UNREACHABLE, NONE)
+
+
+def _padded_rows(rows: Sequence[range], batch: int, device: torch.device) -> Tensor:
+    """Int32 ``[batch, len(rows), longest]`` of arithmetic rows, padded with ``NONE``."""
+    width = max(len(row) for row in rows)
+    step = torch.arange(width, dtype=torch.int32, device=device)
+    lengths = _to_device([len(row) for row in rows], device)
+    table = (step * rows[0].step).masked_fill(step >= lengths[:, None], NONE)
+    return table.expand(batch, -1, -1).contiguous()
+
+
+def _stack_heads(first: Tensor, second: Tensor) -> Tensor:
+    width = max(first.shape[2], second.shape[2])
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(x, (0, width - x.shape[2]), value=NONE) for x in (first, second)], dim=1)
+
+
+def _to_device(values: Sequence[int], device: torch.device) -> Tensor:
+    """Int32 tensor of host numbers; from pinned memory, a copy that the host need not wait for."""
+    host = torch.tensor(values, dtype=torch.int32)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def _check_counts(counts: Sequence[int], n_heads: int) -> None:
+    if len(counts) != n_heads or n_heads == 0:
+        raise ValueError(f"needs one size per head: {n_heads} heads, {len(counts)} sizes")
