@@ -390,7 +390,8 @@ class Journal:
         self.path = directory / FILE_NAME
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab")
+            # Unbuffered: bytes a full disk refused must not come back with the next record.
+            self._file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise UsageError(
                 f"cannot write to {directory}: {error.strerror}; choose another place with --output"
@@ -407,14 +408,16 @@ class Journal:
 
     def append(self, event: Event) -> None:
         """Write one record; raises ``MeasurementError`` when the disk refuses it."""
-        before = self._file.tell()
+        fd = self._file.fileno()
+        before = os.fstat(fd).st_size
+        line = event.model_dump_json().encode() + b"\n"
         try:
-            self._file.write(event.model_dump_json().encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            while line:
+                line = line[os.write(fd, line) :]
+            os.fsync(fd)
         except OSError as error:
             # What was written of the line would make the next record unreadable.
-            os.ftruncate(self._file.fileno(), before)
+            os.ftruncate(fd, before)
             raise MeasurementError(
                 f"could not write to {self.path}: {error.strerror}; "
                 "everything before is kept, make room and resume"
@@ -435,4 +438,3 @@ class Journal:
         keep = raw.rfind(b"\n") + 1
         if keep < len(raw):
             os.ftruncate(self._file.fileno(), keep)
-        self._file.seek(0, os.SEEK_END)

@@ -123,7 +123,10 @@ def test_the_command_line_alone_loads_neither_scipy_nor_pydantic() -> None:
 
 @pytest.mark.parametrize("module", ["minference_green", "minference_green.model.loading"])
 def test_import_prints_nothing_and_starts_no_cuda(module: str) -> None:
-    code = f"import {module}, sys\nt = sys.modules.get('torch')\nassert t is None or not t.cuda.is_initialized()"
+    code = (
+        f"import {module}, sys\nt = sys.modules.get('torch')\n"
+        "assert t is None or not t.cuda.is_initialized()"
+    )
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
     )
