@@ -140,15 +140,8 @@ def test_joules_of_a_window_are_null_when_any_headline_reading_is(window: MakeWi
 
 
 def test_a_reading_beside_the_headline_is_not_added(window: MakeWindow) -> None:
-    host = Reading(
-        device="cpu",
-        scope="cpu model",
-        obtained="modelled",
-        source="x",
-        joules=50.0,
-        headline=False,
-    )
     both = window(100.0)
+    host = both.readings[0].model_copy(update={"joules": 50.0, "headline": False})
     both = both.model_copy(update={"readings": (*both.readings, host)})
     assert both.joules == 100.0
     assert both.obtained == "modelled"
