@@ -4,12 +4,11 @@ import sys
 import traceback
 from typing import Annotated
 
-import click
 import typer
 
 import minference_green
 from minference_green.cli import report, run
-from minference_green.errors import ExitCode, GreenBenchError
+from minference_green.errors import GreenBenchError
 
 EXIT_CODES = """\
 Exit codes: 0 pass or improved; 1 proven regression; 2 usage or configuration; 3 inconclusive;
@@ -50,20 +49,12 @@ def main() -> None:
     """Run one command; every error ends as one sentence and an exit code."""
     arguments, debug = _take_debug(sys.argv[1:])
     try:
-        sys.exit(app(args=arguments, standalone_mode=False) or ExitCode.PASS)
+        app(args=arguments, prog_name="green-bench")
     except GreenBenchError as error:
         if debug:
             traceback.print_exc()
         typer.echo(f"green-bench: {error}", err=True)
         sys.exit(int(error.exit_code))
-    except click.ClickException as error:
-        error.show()
-        sys.exit(int(ExitCode.USAGE))
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        sys.exit(int(ExitCode.INTERRUPTED))
-    except BrokenPipeError:  # the reader of our output, such as head, had enough
-        sys.stderr.close()
-        sys.exit(int(ExitCode.PASS))
 
 
 def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from click.core import ParameterSource
 
-from minference_green.errors import ExitCode, MeasurementError, UsageError
+from minference_green.errors import MeasurementError, UsageError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -91,7 +90,7 @@ def run(
         bool, typer.Option("--json", help="Print the run as JSON instead of a table.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
-) -> int:
+) -> None:
     """Measure arms, interleaved; no arguments: the embedded model, dense against minference."""
     from minference_green import bench
     from minference_green.cli.progress import open_progress
@@ -99,7 +98,8 @@ def run(
     if resume:
         refuse_beside_resume(context_of_command)
         with open_progress(quiet) as progress:
-            return finish(lambda: bench.resume(output / resume, progress), json_output)
+            finish(lambda: bench.resume(output / resume, progress), json_output)
+        return
     request = bench.Request(
         model=model,
         methods=parse_methods(methods),
@@ -120,18 +120,18 @@ def run(
         command=tuple(sys.argv[1:]),
     )
     with open_progress(quiet) as progress:
-        return finish(lambda: bench.run(request, output, progress), json_output)
+        finish(lambda: bench.run(request, output, progress), json_output)
 
 
-def finish(measure: Callable[[], Path], json_output: bool) -> int:
+def finish(measure: Callable[[], Path], json_output: bool) -> None:
     """Measure, then show what is on disk; also what an interrupted run had finished."""
     from minference_green.bench import InterruptedRunError
-    from minference_green.cli.report import report
+    from minference_green.cli.report import Format, report
     from minference_green.results import load, run_file
     from minference_green.stats import invalid_share
     from minference_green.validity import MAX_INVALID_SHARE
 
-    form = "json" if json_output else "table"
+    form = Format.JSON if json_output else Format.TABLE
     try:
         directory = measure()
     except InterruptedRunError as stop:
@@ -146,7 +146,6 @@ def finish(measure: Callable[[], Path], json_output: bool) -> int:
             f"{invalid:.0%} of the windows are invalid (see the reasons above), more than "
             f"{MAX_INVALID_SHARE:.0%}; the figures cannot be trusted"
         )
-    return ExitCode.PASS
 
 
 def refuse_beside_resume(context: typer.Context) -> None:
@@ -154,7 +153,7 @@ def refuse_beside_resume(context: typer.Context) -> None:
     allowed = {"resume", "output", "json_output", "quiet"}
     for parameter in context.command.params:
         given = context.get_parameter_source(parameter.name or "")
-        if given is ParameterSource.COMMANDLINE and parameter.name not in allowed:
+        if given and given.name == "COMMANDLINE" and parameter.name not in allowed:
             raise UsageError(
                 f"{parameter.opts[0]} cannot be given with --resume, which repeats the request "
                 "stored in the run; leave it out, or start a new run"

@@ -1,0 +1,108 @@
+"""Runs of the real command, small enough for a test."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SMALL = (
+    "--model", "planted:tiny", "--context", "300", "--window", "0.2s", "--warmup", "0.1s",
+    "--blocks", "2", "--device", "cpu",
+)  # fmt: skip
+
+MINE = '''
+import os, signal
+import torch
+import torch.nn.functional as F
+
+
+class LocalOnly:
+    name = "local"
+
+    def __init__(self, n_local: int = 64):
+        self.parameters = {"n_local": n_local}
+
+    def attend(self, q, k, v, *, scale, layer):
+        i = torch.arange(q.shape[2], device=q.device)
+        near = i[:, None] - i < self.parameters["n_local"]
+        mask = (i[:, None] >= i) & near
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+
+
+class Greedy(LocalOnly):
+    """Does not fit above 300 tokens."""
+
+    name = "greedy"
+
+    def attend(self, q, k, v, *, scale, layer):
+        if q.shape[2] > 300:
+            raise torch.OutOfMemoryError("Tried to allocate 99 GiB")
+        return super().attend(q, k, v, scale=scale, layer=layer)
+
+
+class Killed(LocalOnly):
+    """Ends as a process does that the system kills for its memory."""
+
+    name = "killed"
+
+    def attend(self, q, k, v, *, scale, layer):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Broken(LocalOnly):
+    name = "broken"
+
+    def attend(self, q, k, v, *, scale, layer):
+        raise RuntimeError("a wrong turn")
+
+
+no_attend = "just text"
+'''
+
+GreenBench = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory that holds a user's own methods."""
+    directory = tmp_path_factory.mktemp("work")
+    (directory / "mine.py").write_text(MINE)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def start(workdir: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Start ``green-bench`` with the given arguments."""
+
+    def begin(*arguments: object) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "minference_green.cli.app", *map(str, arguments)],
+            cwd=workdir,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return begin
+
+
+@pytest.fixture(scope="session")
+def green_bench(start: Callable[..., subprocess.Popen[str]]) -> GreenBench:
+    """Run ``green-bench`` to its end."""
+
+    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+        process = start(*arguments)
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def small() -> tuple[str, ...]:
+    """Arguments of a run that takes seconds."""
+    return SMALL

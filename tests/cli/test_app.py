@@ -1,0 +1,74 @@
+"""The front door: quick help, a version, one sentence per error."""
+
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+import minference_green
+
+GreenBench = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_version_names_the_command(green_bench: GreenBench) -> None:
+    done = green_bench("--version")
+    assert (done.returncode, done.stdout) == (0, f"green-bench {minference_green.__version__}\n")
+
+
+def test_help_lists_the_verbs_and_every_exit_code(green_bench: GreenBench) -> None:
+    done = green_bench("--help")
+    assert done.returncode == 0
+    for word in (
+        "run",
+        "report",
+        "0 pass",
+        "1 proven",
+        "2 usage",
+        "3 incon",
+        "4 not",
+        "5 meas",
+        "130 ",
+    ):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--context", "8q"], "'8q' is not a context length"),
+        (["run", "--methods", "dense,dense"], "names dense twice"),
+        (["run", "--methods", ","], "names no method"),
+        (["run", "--method-option", "slash_size=9"], "is not METHOD.KEY=VALUE"),
+        (["run", "--method-option", "a-shape.n_init=9"], "a-shape"),
+        (["run", "--dtype", "int8"], "'int8' is not known"),
+        (["run", "--window", "soon"], "'soon' is not a time"),
+        (["run", "--window", "0s"], "more than 0 seconds"),
+        (["run", "--window", "nan"], "more than 0 seconds"),
+        (["run", "--prompt", "no-such.txt"], "No such file"),
+        (["run", "--country", "ATLANTIS"], "ATLANTIS"),
+        (["run", "--intensity", "-3", "--intensity-source", "me"], "-3"),
+        (["run", "--pue", "0.5"], "0.5"),
+        (["run", "--output", "/proc/none"], "--output"),
+        (["run", "--output", "/dev/null/x"], "--output"),
+        (["run", "--resume", "nothing"], "there is no run at"),
+        (["run", "--resume", "nothing", "--model", "x"], "cannot be given with --resume"),
+        (["run", "--blocks", "0"], "0"),
+        (["run", "--mdoel", "x"], "--mdoel"),
+        (["rnu"], "rnu"),
+        (["report", "no-such-run"], "no-such-run"),
+    ],
+)
+def test_wrong_input_ends_with_one_sentence_and_exit_code_2(
+    green_bench: GreenBench, arguments: list[str], message: str
+) -> None:
+    done = green_bench(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_debug_shows_the_traceback(green_bench: GreenBench) -> None:
+    done = green_bench("run", "--context", "8q", "--debug")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
