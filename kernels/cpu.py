@@ -31,10 +31,9 @@ def band_attention(
     """Attention over exactly the pairs visible in a :class:`BandIndex`.
 
     Shapes: ``q [B, Hq, n_q, D]``, ``k, v [B, Hkv, n_k, D]``; returns ``out [B, Hq, n_q, D]``
-    and with ``return_lse`` also the natural log-sum-exp ``[B, Hq, n_q]`` in fp32 (fp64 for
-    fp64 inputs). Only the index's heads are computed and written; other heads of a given
-    ``out`` keep what they hold. Raises ``ValueError`` on shapes, dtypes or lengths that do
-    not fit.
+    and with ``return_lse`` also the natural log-sum-exp ``[B, len(index.heads), n_q]`` in fp32
+    (fp64 for fp64 inputs). Only the index's heads are written; ``out`` must be given unless
+    they are all. Raises ``ValueError`` on shapes, dtypes or lengths that do not fit.
     """
     _check(q, k, v, index.n_k)
     n_k = k.shape[2]
@@ -76,7 +75,8 @@ def block_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over exactly the pairs visible in a :class:`BlockIndex`.
 
-    Shapes, results and errors as :func:`band_attention`.
+    Shapes, results and errors as :func:`band_attention`; a row without any visible key
+    becomes NaN.
     """
     _check(q, k, v, index.n_k)
     n_q, n_k = q.shape[2], k.shape[2]
@@ -191,8 +191,17 @@ def _attend(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     n_q, n_k = q.shape[2], k.shape[2]
-    out = torch.zeros_like(q) if out is None else out
-    lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    if out is None:
+        if len(heads) != q.shape[1]:
+            raise ValueError(
+                f"index covers {len(heads)} of {q.shape[1]} query heads: give out= to fill "
+                "the rows of some heads only"
+            )
+        out = torch.empty_like(q)
+    if out.shape != q.shape:
+        raise ValueError(f"out must have the shape of q {list(q.shape)}, got {list(out.shape)}")
+    precision = torch.promote_types(q.dtype, torch.float32)
+    lse = torch.empty(q.shape[0], len(heads), n_q, dtype=precision)
     group = q.shape[1] // k.shape[1]
     first_rows = torch.arange(n_k - n_q, n_k, TILE)
     for b in range(q.shape[0]):
@@ -213,7 +222,7 @@ def _attend(
                     part = _merge(part, left)
                 rows = slice(begin * TILE, min((begin + step) * TILE, n_q))
                 out[b, head, rows] = part[0].flatten(0, 1)[: rows.stop - rows.start].to(out.dtype)
-                lse[b, head, rows] = part[1].flatten()[: rows.stop - rows.start]
+                lse[b, n, rows] = part[1].flatten()[: rows.stop - rows.start]
     return (out, lse) if return_lse else out
 
 

@@ -140,7 +140,7 @@ def block_index(
     reachable = [(min(first + TILE, n_k) - 1) // TILE + 1 for first in firsts]
     capacity = sum(min(n, max(top_ks) + 3) for n in reachable)
     starts = torch.zeros(batch, n_heads, n_tiles + 1, dtype=torch.int32, device=device)
-    # One more slot than the capacity takes what is not kept.
+    # The last slot stays NONE: what is not kept goes there.
     blocks = torch.full((batch, n_heads, capacity + 1), NONE, dtype=torch.int32, device=device)
     slab = max(1, _SLAB // (batch * n_heads * n_blocks))
     for begin in range(0, n_tiles, slab):
@@ -153,7 +153,7 @@ def block_index(
         rank = starts[:, :, begin:end, None] + kept.cumsum(-1) - 1
         slot = torch.where(kept, rank, capacity)
         blocks.scatter_(2, slot.flatten(2), torch.where(kept, chosen, NONE).flatten(2))
-    return BlockIndex(heads=heads, starts=starts, blocks=blocks[..., :capacity], n_q=n_q, n_k=n_k)
+    return BlockIndex(heads=heads, starts=starts, blocks=blocks, n_q=n_q, n_k=n_k)
 
 
 def _choose_blocks(scores: Tensor, top_ks: Sequence[int], first_row: int, n_k: int) -> Tensor:
@@ -188,7 +188,7 @@ def _largest(keys: Tensor, counts: Sequence[int]) -> Tensor:
     largest = keys.topk(width, sorted=True).values
     if min(counts) >= width:
         return largest
-    limit = _to_device(counts, keys.device).view(-1, *[1] * (keys.ndim - 2))
+    limit = to_device(counts, keys.device).view(-1, *[1] * (keys.ndim - 2))
     beyond = torch.arange(width, device=keys.device) >= limit
     return largest.masked_fill_(beyond, _UNREACHABLE)
 
@@ -203,7 +203,7 @@ def _padded_rows(rows: Sequence[range], batch: int, device: torch.device) -> Ten
     """Int32 ``[batch, len(rows), longest]`` of arithmetic rows, padded with ``NONE``."""
     width = max(len(row) for row in rows)
     step = torch.arange(width, dtype=torch.int32, device=device)
-    lengths = _to_device([len(row) for row in rows], device)
+    lengths = to_device([len(row) for row in rows], device)
     table = (step * rows[0].step).masked_fill(step >= lengths[:, None], NONE)
     return table.expand(batch, -1, -1).contiguous()
 
@@ -214,7 +214,7 @@ def _stack_heads(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([pad(x, (0, width - x.shape[2]), value=NONE) for x in (first, second)], dim=1)
 
 
-def _to_device(values: Sequence[int], device: torch.device) -> Tensor:
+def to_device(values: Sequence[int], device: torch.device) -> Tensor:
     """Int32 tensor of host numbers; from pinned memory, a copy that the host need not wait for."""
     host = torch.tensor(values, dtype=torch.int32)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

@@ -1,6 +1,8 @@
 """Head patterns: what one attention head computes, as MInference names it."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+from minference_green.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -10,6 +12,9 @@ class VerticalSlash:
     vertical_size: int = 1000
     slash_size: int = 6096
 
+    def __post_init__(self) -> None:
+        _check_sizes(self, least=0)
+
 
 @dataclass(frozen=True)
 class AShape:
@@ -18,6 +23,11 @@ class AShape:
     n_init: int = 128
     n_local: int = 3968
 
+    def __post_init__(self) -> None:
+        _check_sizes(self, least=0)
+        if self.n_local == 0:
+            raise UsageError("n_local must be at least 1, so that a token sees itself, got 0")
+
 
 @dataclass(frozen=True)
 class BlockSparse:
@@ -25,8 +35,18 @@ class BlockSparse:
 
     top_k: int = 100
 
+    def __post_init__(self) -> None:
+        _check_sizes(self, least=1)
+
 
 HeadPattern = VerticalSlash | AShape | BlockSparse
 
 Patterns = tuple[tuple[HeadPattern, ...], ...]
 """One pattern per layer and query head."""
+
+
+def _check_sizes(pattern: HeadPattern, *, least: int) -> None:
+    """Raise ``UsageError`` naming the first size that is not a whole number of tokens."""
+    for name, value in asdict(pattern).items():
+        if type(value) is not int or value < least:
+            raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")

@@ -1,0 +1,66 @@
+"""The one place that chooses between the Triton kernels and the CPU path."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minference_green.errors import UsageError
+from minference_green.kernels import cpu
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The five kernels a sparse method is made of; the same signatures on every device."""
+
+    last_rows_scores: Callable[..., tuple[Tensor, Tensor]]
+    block_means: Callable[[Tensor], Tensor]
+    cut_tiles: Callable[[Tensor], Tensor]
+    band_attention: Callable[..., Any]
+    block_attention: Callable[..., Any]
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    """The kernels of a device; imports Triton on the first CUDA device only.
+
+    Raises ``UsageError`` for another device type, or if Triton is missing.
+    """
+    match device.type:
+        case "cpu":
+            return Kernels(
+                last_rows_scores=cpu.last_rows_scores,
+                block_means=cpu.block_means,
+                cut_tiles=cpu.cut_tiles,
+                band_attention=cpu.band_attention,
+                block_attention=cpu.block_attention,
+            )
+        case "cuda":
+            return _triton_kernels()
+        case other:
+            raise UsageError(f"no sparse kernels for device {other!r}; use a cuda or cpu device")
+
+
+def _triton_kernels() -> Kernels:
+    if importlib.util.find_spec("triton") is None:
+        raise UsageError(
+            "sparse prefill on a GPU needs Triton, which is not installed; "
+            "install it with: pip install triton"
+        )
+    from minference_green.kernels import block_sparse, cut, estimate, vertical_slash
+
+    return Kernels(
+        last_rows_scores=estimate.last_rows_scores,
+        block_means=estimate.block_means,
+        cut_tiles=cut.cut_tiles,
+        band_attention=vertical_slash.band_attention,
+        block_attention=block_sparse.block_attention,
+    )
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,153 @@
+"""From a name on the command line to a method, the user's own included."""
+
+import hashlib
+import importlib
+import inspect
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from minference_green.errors import UsageError
+from minference_green.methods.dense import Dense
+from minference_green.methods.method import PrefillMethod
+from minference_green.methods.official import read_patterns
+from minference_green.methods.patterns import (
+    AShape,
+    BlockSparse,
+    HeadPattern,
+    Patterns,
+    VerticalSlash,
+)
+from minference_green.methods.sparse import SparsePrefill, uniform
+
+T = TypeVar("T")
+
+UNIFORM: dict[str, Callable[..., HeadPattern]] = {
+    "vertical-slash": VerticalSlash,
+    "a-shape": AShape,
+    "block-sparse": BlockSparse,
+}
+"""Methods that give every head one pattern; the pattern's fields are the options."""
+
+NAMES = ("dense", "minference", *UNIFORM)
+"""Methods that come with the package."""
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, str]:
+    """Options from ``key=value`` texts; raises ``UsageError`` on one that is not, or repeats."""
+    options: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{pair!r} is not an option; write key=value")
+        if key in options:
+            raise UsageError(f"the option {key} is given twice")
+        options[key] = value
+    return options
+
+
+def method_from_name(
+    name: str, options: Mapping[str, str], *, patterns: Patterns | None = None
+) -> PrefillMethod:
+    """The method called ``name`` with ``options``, or the user's own from ``module:NAME``.
+
+    ``patterns`` are the model's own; ``minference`` uses them unless ``pattern_file`` names
+    others, and without either MInference's default for every head. A user's module is also
+    looked for in the current directory. Raises ``UsageError`` naming what is valid.
+    """
+    if ":" in name:
+        return _user_method(name, options)
+    if name == "dense":
+        return _build(Dense, options, name)
+    if name == "minference":
+
+        def minference(pattern_file: str | None = None) -> SparsePrefill:
+            return _minference(pattern_file, patterns)
+
+        return _build(minference, options, name)
+    if name in UNIFORM:
+        return uniform(name, _build(UNIFORM[name], options, name))
+    raise UsageError(
+        f"{name!r} is not a method; choose from {', '.join(NAMES)}, "
+        "or name your own as package.module:NAME"
+    )
+
+
+def _minference(pattern_file: str | None, own: Patterns | None) -> SparsePrefill:
+    if pattern_file is not None:
+        path = Path(pattern_file)
+        chosen = read_patterns(path).patterns
+        return SparsePrefill("minference", chosen, _parameters(f"file {path.name}", chosen))
+    if own is not None:
+        return SparsePrefill("minference", own, _parameters("the model's own", own))
+    default = VerticalSlash()
+    source = {"patterns": f"MInference's default for every head: {default}"}
+    return SparsePrefill("minference", default, source)
+
+
+def _parameters(source: str, patterns: Patterns) -> dict[str, Any]:
+    """What a report shows of per-head patterns: where from, how many of each, and their hash."""
+    counts = Counter(str(pattern) for layer in patterns for pattern in layer)
+    return {
+        "patterns": source,
+        "heads": dict(counts.most_common()),
+        "sha256": hashlib.sha256(repr(patterns).encode()).hexdigest()[:16],
+    }
+
+
+def _user_method(name: str, options: Mapping[str, str]) -> PrefillMethod:
+    """Import ``module:NAME``; a class is made with the options, an object is taken as it is."""
+    module_name, _, attribute = name.partition(":")
+    if sys.path[:1] != [here := str(Path.cwd())]:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UsageError(f"cannot import {module_name!r} for the method {name}: {error}") from error
+    if not hasattr(module, attribute):
+        raise UsageError(f"the module {module_name!r} has no {attribute!r}")
+    found = getattr(module, attribute)
+    if isinstance(found, type):
+        found = _build(found, options, name)
+    elif options:
+        raise UsageError(f"{name} is an object, not a class, and takes no options: {dict(options)}")
+    for member in ("name", "parameters", "attend"):
+        if not hasattr(found, member):
+            raise UsageError(f"{name} is not a prefill method: it has no {member!r}")
+    method: PrefillMethod = found
+    return method
+
+
+def _build(target: Callable[..., T], options: Mapping[str, str], name: str) -> T:
+    """Call ``target`` with ``options`` read as its annotations say."""
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(target, eval_str=True).parameters
+    takes = {key: parameter for key, parameter in parameters.items() if parameter.kind in by_name}
+    for key in options:
+        if key not in takes:
+            valid = f"its options are {', '.join(takes)}" if takes else "it has none"
+            raise UsageError(f"{name} has no option {key!r}; {valid}")
+    for key, parameter in takes.items():
+        if parameter.default is inspect.Parameter.empty and key not in options:
+            raise UsageError(f"{name} needs the option {key}=VALUE")
+    return target(**{key: _read(name, takes[key], text) for key, text in options.items()})
+
+
+def _read(name: str, parameter: inspect.Parameter, text: str) -> Any:
+    annotation = parameter.annotation
+    # "int | None" is read as int.
+    wanted = next((t for t in get_args(annotation) if t is not type(None)), annotation)
+    truth = {"true": True, "false": False}
+    try:
+        if wanted is bool:
+            return truth[text.lower()]
+        if wanted in (int, float):
+            return wanted(text)
+    except (ValueError, KeyError) as error:
+        kinds = {bool: "true or false", int: "a whole number", float: "a number"}
+        raise UsageError(
+            f"{name}: {parameter.name} must be {kinds[wanted]}, got {text!r}"
+        ) from error
+    return text

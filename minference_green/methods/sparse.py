@@ -1,0 +1,216 @@
+"""Sparse prefill by head patterns: estimate, index, attend, one launch per index kind and layer.
+
+One engine serves every method made of head patterns. A uniform method gives all heads the
+same pattern; MInference gives each layer and head its own.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from minference_green.errors import UsageError
+from minference_green.kernels.index import BandIndex, BlockIndex
+from minference_green.kernels.selection import (
+    a_shape_index,
+    band_index,
+    block_index,
+    join_bands,
+    to_device,
+)
+from minference_green.methods.backend import Kernels, kernels_for, synchronize
+from minference_green.methods.method import LayerProfile
+from minference_green.methods.patterns import (
+    AShape,
+    BlockSparse,
+    HeadPattern,
+    Patterns,
+    VerticalSlash,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SparsePrefill:
+    """A prefill method whose heads follow patterns.
+
+    ``patterns`` is one pattern for all heads, or one per layer and query head. A whole prompt
+    only: as many queries as keys.
+    """
+
+    name: str
+    patterns: HeadPattern | Patterns
+    parameters: Mapping[str, Any]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> Tensor:
+        """Attention over the pairs that the layer's patterns choose for this prompt.
+
+        Shapes as :meth:`PrefillMethod.attend`. Nothing waits for the device. Raises
+        ``UsageError`` if patterns, shapes, dtype or device do not fit.
+        """
+        with self._as_usage_error():
+            work = self._layer(q, k, v, scale, layer)
+            return work.attend(work.index(work.estimate()))
+
+    def profile(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> LayerProfile:
+        """As :meth:`attend`, each step timed between synchronisations, with the density."""
+        with self._as_usage_error():
+            work = self._layer(q, k, v, scale, layer)
+            scores, estimate_seconds = _timed(q.device, work.estimate)
+            indices, index_seconds = _timed(q.device, lambda: work.index(scores))
+            out, attend_seconds = _timed(q.device, lambda: work.attend(indices))
+        density = torch.zeros(q.shape[1], dtype=torch.float64)
+        for index in indices:
+            density[index.heads.cpu().long()] = index.density(q.shape[2]).mean(0).cpu()
+        return LayerProfile(out, density, estimate_seconds, index_seconds, attend_seconds)
+
+    def _layer(self, q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int) -> "_Layer":
+        if q.shape[2] != k.shape[2]:
+            raise UsageError(
+                f"{self.name} prefills whole prompts, got {q.shape[2]} queries for "
+                f"{k.shape[2]} keys; run a continuation dense"
+            )
+        heads = self._head_patterns(layer, q.shape[1])
+        return _Layer(
+            kernels=kernels_for(q.device),
+            q=q,
+            k=k,
+            v=v,
+            scale=scale,
+            vertical_slash={h: p for h, p in heads.items() if isinstance(p, VerticalSlash)},
+            a_shape={h: p for h, p in heads.items() if isinstance(p, AShape)},
+            block_sparse={h: p for h, p in heads.items() if isinstance(p, BlockSparse)},
+        )
+
+    def _head_patterns(self, layer: int, n_heads: int) -> dict[int, HeadPattern]:
+        if not isinstance(self.patterns, tuple):
+            return dict.fromkeys(range(n_heads), self.patterns)
+        if layer >= len(self.patterns) or len(self.patterns[layer]) != n_heads:
+            heads = len(self.patterns[layer]) if layer < len(self.patterns) else "none"
+            raise UsageError(
+                f"{self.name} has patterns for {len(self.patterns)} layers and for {heads} heads "
+                f"of layer {layer}, where the model has {n_heads}; they belong to another model"
+            )
+        return dict(enumerate(self.patterns[layer]))
+
+    @contextmanager
+    def _as_usage_error(self) -> Iterator[None]:
+        """A kernel's refusal of shape or dtype, as the user's to resolve."""
+        try:
+            yield
+        except ValueError as error:
+            raise UsageError(f"{self.name} cannot run on this model: {error}") from error
+
+
+def uniform(name: str, pattern: HeadPattern) -> SparsePrefill:
+    """The method that gives every head of every layer the same pattern."""
+    return SparsePrefill(name, pattern, asdict(pattern))
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What the estimators found; ``None`` where no head of the layer needs it."""
+
+    columns: Tensor | None = None
+    slashes: Tensor | None = None
+    q_means: Tensor | None = None
+    k_means: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's attention as three steps, its heads grouped by pattern."""
+
+    kernels: Kernels
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    vertical_slash: Mapping[int, VerticalSlash]
+    a_shape: Mapping[int, AShape]
+    block_sparse: Mapping[int, BlockSparse]
+
+    def estimate(self) -> _Scores:
+        columns = slashes = q_means = k_means = None
+        if self.vertical_slash:
+            columns, slashes = self.kernels.last_rows_scores(
+                self.q, self.k, self._heads(self.vertical_slash), scale=self.scale
+            )
+        if self.block_sparse:
+            q_means, k_means = self.kernels.block_means(self.q), self.kernels.block_means(self.k)
+        return _Scores(columns, slashes, q_means, k_means)
+
+    def index(self, scores: _Scores) -> list[BandIndex | BlockIndex]:
+        bands = [*self._vertical_slash_index(scores), *self._a_shape_index()]
+        joined = [join_bands(*bands)] if len(bands) == 2 else bands
+        return [*joined, *self._block_index(scores)]
+
+    def attend(self, indices: list[BandIndex | BlockIndex]) -> Tensor:
+        out = torch.empty_like(self.q)
+        for index in indices:
+            banded = isinstance(index, BandIndex)
+            run = self.kernels.band_attention if banded else self.kernels.block_attention
+            run(self.q, self.k, self.v, index, scale=self.scale, out=out)
+        return out
+
+    def _vertical_slash_index(self, scores: _Scores) -> list[BandIndex]:
+        if scores.columns is None or scores.slashes is None:
+            return []
+        patterns = self.vertical_slash.values()
+        return [
+            band_index(
+                scores.columns,
+                scores.slashes,
+                self._heads(self.vertical_slash),
+                [p.vertical_size for p in patterns],
+                [p.slash_size for p in patterns],
+                cut_tiles=self.kernels.cut_tiles,
+            )
+        ]
+
+    def _a_shape_index(self) -> list[BandIndex]:
+        if not self.a_shape:
+            return []
+        patterns = self.a_shape.values()
+        return [
+            a_shape_index(
+                self._heads(self.a_shape),
+                [p.n_init for p in patterns],
+                [p.n_local for p in patterns],
+                batch=self.q.shape[0],
+                n_k=self.k.shape[2],
+            )
+        ]
+
+    def _block_index(self, scores: _Scores) -> list[BlockIndex]:
+        if scores.q_means is None or scores.k_means is None:
+            return []
+        heads = self._heads(self.block_sparse)
+        group = self.q.shape[1] // self.k.shape[1]
+        return [
+            block_index(
+                scores.q_means[:, heads],
+                scores.k_means[:, heads // group],
+                heads,
+                [p.top_k for p in self.block_sparse.values()],
+                scale=self.scale,
+                n_q=self.q.shape[2],
+                n_k=self.k.shape[2],
+            )
+        ]
+
+    def _heads(self, group: Mapping[int, HeadPattern]) -> Tensor:
+        return to_device(list(group), self.q.device)
+
+
+def _timed(device: torch.device, step: Callable[[], T]) -> tuple[T, float]:
+    synchronize(device)
+    began = time.perf_counter()
+    result = step()
+    synchronize(device)
+    return result, time.perf_counter() - began
