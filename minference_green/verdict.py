@@ -29,6 +29,7 @@ from minference_green.stats import (
     prediction,
     welch,
 )
+from minference_green.validity import MAX_INVALID_SHARE
 from minference_green.workload import format_length
 
 LOOKS = (6, 10, 16)
@@ -49,9 +50,6 @@ OWN_SHARE = 1 / 3
 Otherwise the reference got cheaper. With none asked for, 2 % between runs would blame the
 candidate for every second faster reference; at one half it would hide 5 % of +10 % regressions.
 """
-
-MAX_INVALID_SHARE = 0.20
-"""A run with more invalid windows is no measurement."""
 
 
 class Outcome(StrEnum):

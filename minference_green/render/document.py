@@ -1,0 +1,152 @@
+"""A report as headings, rows of text and footnotes; terminal and Markdown print the same."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minference_green.render.conclusion import conclusion
+from minference_green.render.numbers import ABSENT, factor, figure, percent, significant
+from minference_green.render.rows import Row, doubts, facts, rows
+from minference_green.results import Run
+from minference_green.stats import Estimate, method_names
+from minference_green.workload import format_length
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One table: a caption, columns with their units, rows of ready text."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    """Everything a report says, in order."""
+
+    facts: tuple[tuple[str, str], ...]
+    doubts: tuple[str, ...]
+    sheets: tuple[Sheet, ...]
+    footnotes: tuple[str, ...]
+    conclusion: tuple[str, ...]
+
+
+def document(run: Run, directory: Path | None = None) -> Document:
+    """The report of a run; ``directory`` is where its file lies, for the resume line."""
+    notes = _Footnotes()
+    found = rows(run)
+    sheets = [_cost(run, found, notes)]
+    if len(method_names(run)) > 1:
+        sheets += [_savings(run, found, notes), _losses(run, found, notes)]
+    sheets.append(_evidence(found))
+    return Document(facts(run), doubts(run, directory), tuple(sheets), notes.texts, conclusion(run))
+
+
+class _Footnotes:
+    """Reasons, numbered as they are first met."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(self._texts)
+
+    def mark(self, text: str, *reasons: str | None) -> str:
+        for reason in reasons:
+            if reason is not None:
+                if reason not in self._texts:
+                    self._texts.append(reason)
+                text += f" ({self._texts.index(reason) + 1})"
+        return text
+
+
+def _key(row: Row) -> tuple[str, str]:
+    return format_length(row.cell.context_length), row.cell.method
+
+
+def _density(row: Row, notes: _Footnotes) -> str:
+    return notes.mark(significant(row.density.value, 2), row.density.reason)
+
+
+def _cost(run: Run, found: tuple[Row, ...], notes: _Footnotes) -> Sheet:
+    grid = run.header.carbon.factor
+    assumed = f"assumed: {grid.location}, for no location was given" if grid.assumed else None
+
+    def told(estimate: Estimate, doubt: str | None = None) -> str:
+        return notes.mark(figure(estimate), estimate.reason, doubt)
+
+    return Sheet(
+        "Cost of prefill per million tokens (Mtok); SCI is operational plus embodied",
+        ("Context", "Method", "Density", "J/Mtok", "gCO2e/Mtok", "SCI g/Mtok", "s/Mtok", "TTFT s"),
+        tuple(
+            (
+                *_key(row),
+                _density(row, notes),
+                told(row.cell.joules_per_mtok),
+                told(row.cell.operational_g_per_mtok, assumed),
+                told(row.cell.sci_g_per_mtok, assumed),
+                told(row.cell.seconds_per_mtok),
+                told(row.cell.ttft_seconds),
+            )
+            for row in found
+        ),
+    )
+
+
+def _savings(run: Run, found: tuple[Row, ...], notes: _Footnotes) -> Sheet:
+    compared = [(row, row.against_reference) for row in found if row.against_reference]
+    return Sheet(
+        f"Against {method_names(run)[0]}, with 90 % intervals over blocks; below zero costs more",
+        ("Context", "Method", "Density", "Energy saved", "Time saved", "Speed-up"),
+        tuple(
+            (
+                *_key(row),
+                _density(row, notes),
+                notes.mark(percent(c.energy_saving), c.energy_saving.reason),
+                notes.mark(percent(c.time_saving), c.time_saving.reason),
+                notes.mark(factor(c.speedup), c.speedup.reason),
+            )
+            for row, c in compared
+        ),
+    )
+
+
+def _losses(run: Run, found: tuple[Row, ...], notes: _Footnotes) -> Sheet:
+    def share(value: float | None) -> str:
+        if value is None:
+            return notes.mark(ABSENT, "the outputs of both arms were not compared in this run")
+        return f"{100 * value:.1f} %"
+
+    return Sheet(
+        f"Output against {method_names(run)[0]}: error of the last position's logits, "
+        "and the share of sampled positions with the same most likely token",
+        ("Context", "Method", "Logits error", "Top-1 same", "Positions"),
+        tuple(
+            (
+                *_key(row),
+                share(row.logits_relative_error),
+                share(row.top1_agreement),
+                str(row.sampled_positions) if row.top1_agreement is not None else ABSENT,
+            )
+            for row in found
+            if row.against_reference
+        ),
+    )
+
+
+def _evidence(found: tuple[Row, ...]) -> Sheet:
+    return Sheet(
+        "Evidence",
+        ("Context", "Method", "Joules by", "Blocks", "Windows used", "Invalid"),
+        tuple(
+            (
+                *_key(row),
+                row.cell.obtained,
+                str(row.cell.seconds_per_mtok.blocks),
+                str(row.cell.windows_used),
+                str(row.cell.windows_invalid),
+            )
+            for row in found
+        ),
+    )

@@ -1,0 +1,67 @@
+"""Figures as text: no more digits than the interval justifies, and ``n/a`` for null."""
+
+import math
+
+from minference_green.stats import Estimate
+
+ABSENT = "n/a"
+
+BARE_DIGITS = 3
+"""Significant digits of a figure without an interval."""
+
+
+def figure(estimate: Estimate) -> str:
+    """The value, cut where its interval makes further digits meaningless.
+
+    The last digit shown stands where the half-width of the interval has its first.
+    """
+    if estimate.value is None:
+        return ABSENT
+    if estimate.low is None or estimate.high is None:
+        return significant(estimate.value, BARE_DIGITS)
+    half = (estimate.high - estimate.low) / 2
+    # An interval far narrower than any meter is an accident of few, equal blocks.
+    return _rounded(estimate.value, max(half, abs(estimate.value) * 1e-4))
+
+
+def percent(estimate: Estimate) -> str:
+    """A fraction with its interval in per cent: ``38 % [36, 40]``."""
+    if estimate.value is None:
+        return ABSENT
+    if estimate.low is None or estimate.high is None:
+        return f"{_plain(100 * estimate.value, 0)} %"
+    decimals = 1 if 100 * (estimate.high - estimate.low) < 2 else 0
+    value, low, high = (
+        _plain(100 * end, decimals) for end in (estimate.value, estimate.low, estimate.high)
+    )
+    return f"{value} % [{low}, {high}]"
+
+
+def factor(estimate: Estimate) -> str:
+    """A speed-up with its interval: ``1.61x [1.58, 1.64]``."""
+    if estimate.value is None:
+        return ABSENT
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.2f}x"
+    return f"{estimate.value:.2f}x [{estimate.low:.2f}, {estimate.high:.2f}]"
+
+
+def significant(value: float | None, digits: int) -> str:
+    """A number with so many significant digits, never in exponent form."""
+    if value is None:
+        return ABSENT
+    if value == 0:
+        return "0"
+    return _plain(value, digits - 1 - math.floor(math.log10(abs(value))))
+
+
+def _rounded(value: float, half_width: float) -> str:
+    if half_width == 0:
+        return significant(value, BARE_DIGITS)
+    return _plain(value, -math.floor(math.log10(half_width)))
+
+
+def _plain(value: float, decimals: int) -> str:
+    """Rounded at a decimal place, which may be left of the point; never ``-0``."""
+    rounded = round(value, decimals) + 0.0
+    return f"{rounded:.{max(decimals, 0)}f}"
