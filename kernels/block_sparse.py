@@ -1,0 +1,108 @@
+"""Attention over lists of key tiles, one launch for many heads."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minference_green.kernels import tile
+from minference_green.kernels.index import TILE, BlockIndex
+from minference_green.kernels.tile import attend_tile, load_queries, load_tile, store_rows
+
+
+@triton.jit
+def _block_kernel(
+    q_ptr, k_desc, v_desc, out_ptr, lse_ptr, heads_ptr, starts_ptr, blocks_ptr,
+    q_batch, q_head, q_row, out_batch, out_head, out_row,
+    n_q, n_k, n_blocks, group, qk_scale,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    # The last query tiles have the most work: they start first.
+    n_tiles = tl.num_programs(0)
+    m = n_tiles - 1 - tl.program_id(0)
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    listed = (b * tl.num_programs(1) + h).to(tl.int64)
+    head = tl.load(heads_ptr + h)
+    kv_head = head // group
+    r0 = n_k - n_q + m * TILE
+    lane = tl.arange(0, TILE)
+
+    q_at = b.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
+    q = load_queries(q_ptr, q_at, q_row, m * TILE, n_q, HEAD_DIM, TILE, DIM)
+    acc = tl.zeros([TILE, DIM], tl.float32)
+    row_max = tl.full([TILE], float("-inf"), tl.float32)
+    row_sum = tl.zeros([TILE], tl.float32)
+
+    begin = tl.load(starts_ptr + listed * (n_tiles + 1) + m)
+    end = tl.load(starts_ptr + listed * (n_tiles + 1) + m + 1)
+    blocks_ptr += listed * n_blocks
+    # Tiles that reach past the query tile's first row are the last of the ascending list, one
+    # or two of them. They go first: every row sees itself there and has a finite maximum then.
+    plain_end = end
+    reaches = plain_end > begin
+    while reaches:
+        last = tl.load(blocks_ptr + plain_end - 1)
+        reaches = last * TILE + TILE - 1 > r0
+        plain_end -= reaches.to(tl.int32)
+        reaches = reaches & (plain_end > begin)
+    for i in range(plain_end, end):
+        j0 = tl.load(blocks_ptr + i) * TILE
+        k = load_tile(k_desc, b, kv_head, j0, TILE, DIM)
+        v = load_tile(v_desc, b, kv_head, j0, TILE, DIM)
+        # A key that no row of the tile sees must not meet its zero weight: it may be NaN.
+        v = tl.where((j0 + lane < r0 + TILE)[:, None], v, 0.0)
+        causal = (j0 + lane)[None, :] <= (r0 + lane)[:, None]
+        acc, row_max, row_sum = attend_tile(acc, row_max, row_sum, q, k, v, qk_scale, causal, True)
+    for i in range(begin, plain_end):
+        j0 = tl.load(blocks_ptr + i) * TILE
+        k = load_tile(k_desc, b, kv_head, j0, TILE, DIM)
+        v = load_tile(v_desc, b, kv_head, j0, TILE, DIM)
+        acc, row_max, row_sum = attend_tile(acc, row_max, row_sum, q, k, v, qk_scale, None, False)
+
+    out_at = b.to(tl.int64) * out_batch + head.to(tl.int64) * out_head
+    store_rows(
+        acc, row_max, row_sum, out_ptr, out_at, out_row, lse_ptr, listed * n_q,
+        m * TILE, n_q, HEAD_DIM, TILE, DIM, HAS_LSE,
+    )  # fmt: skip
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: BlockIndex,
+    *,
+    scale: float,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over the pairs that ``index.mask`` shows, for the heads it lists.
+
+    Shapes: ``q [B, Hq, n_q, D]``, ``k, v [B, Hkv, n_k, D]`` with ``Hq`` a multiple of ``Hkv``
+    and D one of 64, 96, 128, 256; bfloat16 or float16; queries are the last ``n_q`` positions.
+    Returns ``out [B, Hq, n_q, D]``, of which only the listed heads' rows are written, and with
+    ``return_lse`` also the natural log-sum-exp, fp32 ``[B, len(index.heads), n_q]``.
+    ``out=None`` allocates it, in q's memory layout. A query tile reads a key only if its tile is
+    listed and at least one of its rows sees it; a row without any visible key becomes NaN.
+    Nothing waits for the device.
+
+    Raises ``ValueError`` with the value on a shape, dtype, device or layout that does not fit.
+    """
+    out = tile.check_attention(q, k, v, out, index.heads, index.n_k, scale)
+    batch, _, n_q, head_dim = q.shape
+    if n_q != index.n_q:
+        raise ValueError(f"index was built for n_q = {index.n_q}, got q with {n_q} rows")
+    n_heads, n_tiles = len(index.heads), triton.cdiv(n_q, TILE)
+    tile.check_index("heads", index.heads, (None,), q)
+    tile.check_index("starts", index.starts, (batch, n_heads, n_tiles + 1), q)
+    tile.check_index("blocks", index.blocks, (batch, n_heads, None), q)
+    lse = tile.new_lse(q, index.heads, return_lse)
+    _block_kernel[(n_tiles, n_heads, batch)](
+        q, tile.describe(k), tile.describe(v), out, lse,
+        index.heads, index.starts, index.blocks,
+        *q.stride()[:3], *out.stride()[:3],
+        n_q, k.shape[2], index.blocks.shape[2], q.shape[1] // k.shape[1], scale * tile.LOG2_E,
+        HEAD_DIM=head_dim, DIM=tile.padded(head_dim), TILE=TILE, HAS_LSE=return_lse,
+        **tile.launch_options(head_dim),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
