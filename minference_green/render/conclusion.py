@@ -96,7 +96,8 @@ def _provenance(run: Run, comparison: Comparison) -> str:
 
 def _break_even(found: BreakEven) -> tuple[str, ...]:
     if found.tokens is None and found.high is not None:
-        return (f"It used less energy at every length compared, from {_tokens(found.high)} on.",)
+        first = format_length(round(found.high))
+        return (f"It used less energy at every length compared, from {first} on.",)
     if found.tokens is None:
         return ()
     low = "below what was measured" if found.low is None else _tokens(found.low)
@@ -107,4 +108,4 @@ def _break_even(found: BreakEven) -> tuple[str, ...]:
 def _tokens(value: float) -> str:
     if value < 1024:
         return significant(value, 2)
-    return significant(value / 1024, 2).removesuffix(".0") + "k"
+    return f"{significant(value / 1024, 2)}k"

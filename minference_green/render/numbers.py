@@ -6,6 +6,9 @@ from minference_green.stats import Estimate
 
 ABSENT = "n/a"
 
+METER_ERROR = 1e-3
+"""No energy meter is truer than this, however well the blocks agree."""
+
 BARE_DIGITS = 3
 """Significant digits of a figure without an interval."""
 
@@ -20,8 +23,7 @@ def figure(estimate: Estimate) -> str:
     if estimate.low is None or estimate.high is None:
         return significant(estimate.value, BARE_DIGITS)
     half = (estimate.high - estimate.low) / 2
-    # An interval far narrower than any meter is an accident of few, equal blocks.
-    return _rounded(estimate.value, max(half, abs(estimate.value) * 1e-4))
+    return _rounded(estimate.value, max(half, abs(estimate.value) * METER_ERROR))
 
 
 def percent(estimate: Estimate) -> str:
