@@ -6,7 +6,7 @@ that were *seen* (a poll with the old value shortly before one with the new), se
 ``evidence`` for the formula.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -136,22 +136,24 @@ class _Board:
 class CounterMeter:
     """Reads the energy counters of GPUs; see :class:`meter.Meter`.
 
-    ``sampler`` supplies the independent integral, ``None`` leaves it out with a reason; its
-    devices are in the order of ``gpus``.
+    ``gpus`` maps a place among the sampler's devices to the GPU there. The sampler supplies
+    the independent integral; ``None`` leaves it out, with a reason in each reading.
     """
 
     def __init__(
         self,
-        gpus: Sequence[Gpu],
+        gpus: Mapping[int, Gpu],
         sampler: PowerSource | None,
         *,
         allow_shared: bool = False,
+        release: Callable[[], None] = lambda: None,
         clock: Clock = MONOTONIC,
     ) -> None:
         self._clock, self._sampler, self._allow_shared = clock, sampler, allow_shared
-        self._boards = [_Board(g, EdgeWatcher(g, clock), i) for i, g in enumerate(gpus)]
+        self._boards = [_Board(g, EdgeWatcher(g, clock), i) for i, g in gpus.items()]
         self._begun: list[tuple[Edge, Edge]] | None = None
-        for gpu in gpus:
+        self._release = release
+        for gpu in gpus.values():
             refuse_shared(gpu, allow_shared)
 
     @property
@@ -192,11 +194,8 @@ class CounterMeter:
         return [as_state(g) for g in self._gpus]
 
     def close(self) -> None:
-        """Release the GPUs and end the sampler."""
-        if self._sampler:
-            self._sampler.close()
-        for gpu in self._gpus:
-            gpu.close()
+        """Release what was opened for this meter."""
+        self._release()
 
     @property
     def _gpus(self) -> list[Gpu]:
@@ -291,8 +290,11 @@ def shared_doubts(gpu: Gpu) -> list[str]:
 
 
 def open_checked(gpu: Gpu, wanted: str) -> Gpu:
-    """``gpu`` if it is the one that was asked for; raises ``WrongDeviceError``."""
-    if gpu.info.uuid != wanted:
+    """``gpu`` if it is the one that was asked for; raises ``WrongDeviceError``.
+
+    A slice's name opens the board it is cut from.
+    """
+    if gpu.info.uuid != wanted and not gpu.info.mig:
         raise WrongDeviceError(wanted, gpu.info.uuid)
     return gpu
 
@@ -314,6 +316,7 @@ def as_device(gpu: Gpu) -> Device:
         power_limit_watts=info.power_limit_watts,
         mig_profile="shared board" if info.mig else None,
         capability=info.capability,
+        driver=info.driver,
     )
 
 
@@ -338,5 +341,3 @@ def _other_processes(gpu: Gpu) -> str:
     if shown & own or len(hidden) > 1:
         visible |= hidden
     return ", ".join(f"process {p}" for p in sorted(visible))
-
-

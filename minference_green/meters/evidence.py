@@ -174,12 +174,12 @@ def recompute(evidence: Mapping[str, float]) -> float:
     if "t0_joules" in evidence:
         return bracketed(evidence)
     if "sample_0_watts" in evidence:
-        e, samples = evidence, []
+        e, samples = evidence, list[Sample]()
         while f"sample_{len(samples)}_watts" in e:
             i = len(samples)
             samples.append(Sample(e[f"sample_{i}_seconds"], e[f"sample_{i}_watts"]))
-        times = (e[f"{name}_seconds"] for name in ("t0", "start", "end", "t1"))
-        return held_bracket(samples, *times)[0]
+        t0, start, end, t1 = (e[f"{name}_seconds"] for name in ("t0", "start", "end", "t1"))
+        return held_bracket(samples, t0, start, end, t1)[0]
     raise ValueError(f"no reading is recomputed from {sorted(evidence)[:6]}")
 
 

@@ -44,7 +44,7 @@ class NotPermittedError(MeasurementError):
 
 
 class NoCounterError(MeasurementError):
-    """This GPU has no energy counter (older than Volta, or a virtual GPU)."""
+    """A GPU has no energy counter (older than Volta, or a virtual GPU)."""
 
     def __init__(self, device: str) -> None:
         super().__init__(
@@ -53,7 +53,7 @@ class NoCounterError(MeasurementError):
 
 
 class NoPowerError(MeasurementError):
-    """This GPU shows neither an energy counter nor its power."""
+    """A GPU shows neither an energy counter nor its power."""
 
     def __init__(self, device: str) -> None:
         super().__init__(
@@ -177,6 +177,16 @@ class WindowError(MeasurementError):
         super().__init__(
             f"{what}; call begin(), run the work between two time.monotonic() times of "
             "this machine, then call end() with them"
+        )
+
+
+class SamplerError(MeasurementError):
+    """Power is not being sampled, and there is no counter."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"{problem}, and this GPU has no counter to read instead; "
+            f"run again on a less loaded machine, {_WAY_ON}"
         )
 
 

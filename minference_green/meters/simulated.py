@@ -6,6 +6,7 @@ file, whole runs can be measured on a machine without a GPU. Whatever comes from
 """
 
 import bisect
+import itertools
 import json
 import math
 import random
@@ -103,7 +104,7 @@ class Trace:
     @cached_property
     def _sums(self) -> list[float]:
         sums = [0.0]
-        for (t0, w0), (t1, w1) in zip(self.points, self.points[1:], strict=False):
+        for (t0, w0), (t1, w1) in itertools.pairwise(self.points):
             sums.append(sums[-1] + (t1 - t0) * (w0 + w1) / 2)
         return sums
 
@@ -303,7 +304,9 @@ class SimulatedGpu:
         else:
             joules = self.spec.trace.joules(shown)
         quantum = counter.quantum_joules
-        return counter.start_joules + (math.floor(joules / quantum) * quantum if quantum else joules)
+        return counter.start_joules + (
+            math.floor(joules / quantum) * quantum if quantum else joules
+        )
 
     def _update(self, k: int) -> float:
         """When the counter takes its ``k``-th value."""
