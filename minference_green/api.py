@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minference_green import bench
-from minference_green.bench import Progress, Request
+from minference_green.bench import Grid, Progress, Request
 from minference_green.errors import UsageError
 from minference_green.grams import operational_grams
 from minference_green.meters.choose import open_meters
@@ -32,7 +32,7 @@ def run(
     methods: Sequence[str] = ("dense", "minference"),
     options: Mapping[str, Mapping[str, str]] | None = None,
     context_lengths: Sequence[int] = (),
-    carbon: CarbonTerms | None = None,
+    grid: Grid | None = None,
     output: str | Path = "green-bench-runs",
     progress: Progress = SILENT,
     **settings: object,
@@ -41,14 +41,12 @@ def run(
 
     What ``green-bench run`` does, with the same defaults: ``methods`` are names or
     ``package.module:NAME``, ``options`` maps a method to its options, ``context_lengths`` are
-    tokens, ``carbon`` comes from ``minference_green.carbon.terms``, and ``settings`` are the
-    other fields of ``bench.Request`` (``blocks``, ``window_seconds``, ``batch``, ``seed``,
-    ``meter``...). The run file is in a new directory under ``output``.
+    tokens, ``grid`` says where the electricity comes from, and ``settings`` are the other
+    fields of ``bench.Request`` (``blocks``, ``window_seconds``, ``batch``, ``meter``...). The
+    run file is in a new directory under ``output``.
 
     Raises ``UsageError`` and ``MeasurementError`` as the command does.
     """
-    from minference_green.carbon import terms
-
     unknown = settings.keys() - Request.model_fields.keys()
     if unknown:
         raise UsageError(
@@ -62,7 +60,7 @@ def run(
             "methods": tuple(methods),
             "options": {name: dict(given) for name, given in (options or {}).items()},
             "context_lengths": tuple(context_lengths),
-            "carbon": carbon or terms(),
+            "grid": grid or Grid(),
         }
     )
     return load(bench.run(request, Path(output), progress))

@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter
 
 import minference_green
 from minference_green import fingerprint
+from minference_green.carbon import terms
 from minference_green.channel import Message, WorkerProcess
 from minference_green.errors import ExitCode, GreenBenchError, MeasurementError, UsageError
 from minference_green.meters.choose import open_meters
@@ -25,7 +26,6 @@ from minference_green.results import (
     FILE_NAME,
     Backends,
     BlockDone,
-    CarbonTerms,
     Device,
     DeviceState,
     Event,
@@ -53,6 +53,17 @@ IDLE_SECONDS = 2.0
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 
 
+class Grid(Record):
+    """Where the electricity comes from; the arguments of ``carbon.terms``."""
+
+    country: str | None = None
+    region: str | None = None
+    cloud: str | None = None
+    intensity: float | None = None
+    intensity_source: str | None = None
+    pue: float = 1.0
+
+
 class Request(Record):
     """Everything a run was asked to do; stored in its header so that it can be resumed.
 
@@ -61,6 +72,7 @@ class Request(Record):
 
     model: str = "embedded"
     methods: tuple[str, ...] = ("dense", "minference")
+    """The first is the reference of every comparison."""
     options: dict[str, dict[str, str]] = Field(default_factory=dict)
     """Method name to option name to value, as typed."""
     context_lengths: tuple[int, ...] = ()
@@ -72,7 +84,7 @@ class Request(Record):
     blocks: int | None = None
     window_seconds: float | None = None
     warmup_seconds: float | None = None
-    carbon: CarbonTerms
+    grid: Grid = Grid()
     device: str = "auto"
     meter: str = "auto"
     allow_shared: bool = False
@@ -285,7 +297,7 @@ class _Experiment:
         if not self.meters:
             self.meters = open_meters(
                 self.request.meter,
-                gpu_uuids=[device["uuid"]] if device["kind"] == "gpu" else [],
+                gpu_uuids=_gpus(device),
                 allow_shared=self.request.allow_shared,
             )
 
@@ -303,7 +315,7 @@ class _Experiment:
                 workload=workload,
                 methods=tuple(MethodSpec(**m) for m in loaded["methods"]),
                 plan=plan,
-                carbon=self.request.carbon,
+                carbon=terms(**self.request.grid.model_dump(), gpus=len(_gpus(device))),
                 energy="; ".join(m.description for m in self.meters) or "not measured",
                 request=self.request.model_dump(mode="json"),
             )
@@ -468,6 +480,11 @@ class WorkerError(GreenBenchError):
     def __init__(self, message: str, exit_code: ExitCode) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def _gpus(device: Message) -> list[str]:
+    """UUIDs of the GPUs a worker uses."""
+    return [device["uuid"]] if device["kind"] == "gpu" else []
 
 
 def _merge_devices(device: Message, metered: list[Device]) -> tuple[Device, ...]:

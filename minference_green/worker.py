@@ -208,10 +208,7 @@ def serve(channel: Channel, task: Task, device: torch.device) -> None:
         seed=task.workload.seed,
         allow_longer=task.allow_longer,
     )
-    methods = {
-        name: method_from_name(name, task.options.get(name, {}), patterns=model.patterns)
-        for name in task.methods
-    }
+    methods = _methods(task, model)
     loaded = time.monotonic()
     channel.ask("loaded", **_identity(model, methods), seconds=loaded - began)
     cells = _prepare(channel, task, model, methods)
@@ -220,7 +217,7 @@ def serve(channel: Channel, task: Task, device: torch.device) -> None:
         "prepared", start=began, end=time.monotonic(), warmup_seconds=time.monotonic() - loaded
     )
     for length in task.workload.context_lengths:
-        _observe(channel, task, length, cells)
+        _observe(channel, task, length, _arms(cells, length, methods))
     _idle(channel, task, "before", device)
     for length in task.workload.context_lengths:
         arms = [name for name in task.methods if (length, name) in cells]
@@ -232,6 +229,25 @@ def serve(channel: Channel, task: Task, device: torch.device) -> None:
             _measure(channel, task, length, {name: cells[length, name] for name in arms})
             _free(device)
     _idle(channel, task, "after", device)
+
+
+def _methods(task: Task, model: LoadedModel) -> dict[str, PrefillMethod]:
+    """The arms by the name each gives itself, in the order asked for."""
+    strangers = task.options.keys() - set(task.methods)
+    if strangers:
+        raise UsageError(
+            f"--method-option is given for {', '.join(sorted(strangers))}, "
+            f"but the methods are {', '.join(task.methods)}"
+        )
+    methods: dict[str, PrefillMethod] = {}
+    for asked in task.methods:
+        method = method_from_name(asked, task.options.get(asked, {}), patterns=model.patterns)
+        if method.name in methods:
+            raise UsageError(
+                f"two methods call themselves {method.name}; an arm needs its own name"
+            )
+        methods[method.name] = method
+    return methods
 
 
 def _identity(model: LoadedModel, methods: dict[str, PrefillMethod]) -> dict[str, Any]:
@@ -332,15 +348,19 @@ class _Profiling:
         return account.out
 
 
-def _observe(channel: Channel, task: Task, length: int, cells: dict[tuple[int, str], Cell]) -> None:
-    """Density, time of the steps, and output error against the reference arm; unmetered."""
+def _arms(
+    cells: dict[tuple[int, str], Cell], length: int, methods: dict[str, PrefillMethod]
+) -> dict[str, Cell]:
+    """The cells of one length that are to be measured, in the order of the methods."""
+    return {name: cells[length, name] for name in methods if (length, name) in cells}
+
+
+def _observe(channel: Channel, task: Task, length: int, arms: dict[str, Cell]) -> None:
+    """Density, time of the steps, and output error against the first arm; unmetered."""
+    missing = [name for name in arms if (length, name) not in task.observed]
     reference: tuple[Tensor, Tensor] | None = None
-    for order, name in enumerate(task.methods):
-        if (length, name) not in cells:
-            continue
-        cell = cells[length, name]
-        wanted = (length, name) not in task.observed
-        if not wanted and order > 0:
+    for order, (name, cell) in enumerate(arms.items()):
+        if name not in missing and (order > 0 or not missing):
             continue
         positions = _sampled_positions(length, cell.ids.device)
         profiling = _Profiling(cell.method) if isinstance(cell.method, ProfiledMethod) else None
@@ -357,7 +377,7 @@ def _observe(channel: Channel, task: Task, length: int, cells: dict[tuple[int, s
         last, top1 = logits[:, -1].float(), logits.argmax(-1)
         if order == 0:
             reference = (last, top1)
-        if not wanted:
+        if name not in missing:
             continue
         record = _observation(task.block, length, name, profiling)
         if order > 0 and reference is not None:

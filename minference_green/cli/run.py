@@ -79,7 +79,7 @@ def run(
         float | None, typer.Option(help="Your own factor in gCO2e per kWh.")
     ] = None,
     intensity_source: Annotated[str, typer.Option(help="Where --intensity comes from.")] = "",
-    pue: Annotated[float, typer.Option(min=1.0, help="Power usage effectiveness.")] = 1.0,
+    pue: Annotated[float, typer.Option(help="Power usage effectiveness, 1 or more.")] = 1.0,
     output: Annotated[
         Path, typer.Option(help="Directory for runs; each gets one of its own inside.")
     ] = Path("green-bench-runs"),
@@ -93,6 +93,7 @@ def run(
 ) -> None:
     """Measure arms, interleaved; no arguments: the embedded model, dense against minference."""
     from minference_green import bench
+    from minference_green.carbon import terms
     from minference_green.cli.progress import open_progress
 
     if resume:
@@ -100,6 +101,15 @@ def run(
         with open_progress(quiet) as progress:
             finish(lambda: bench.resume(output / resume, progress), json_output)
         return
+    grid = bench.Grid(
+        country=country or None,
+        region=region or None,
+        cloud=cloud or None,
+        intensity=intensity,
+        intensity_source=intensity_source or None,
+        pue=pue,
+    )
+    terms(**grid.model_dump())  # an unknown place is refused before anything is loaded
     request = bench.Request(
         model=model,
         methods=parse_methods(methods),
@@ -112,7 +122,7 @@ def run(
         blocks=blocks,
         window_seconds=parse_seconds("--window", window),
         warmup_seconds=parse_seconds("--warmup", warmup),
-        carbon=carbon_terms(country, region, cloud, intensity, intensity_source, pue),
+        grid=grid,
         device=device,
         meter="none" if no_energy else meter,
         allow_shared=allow_shared,
