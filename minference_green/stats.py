@@ -6,6 +6,7 @@ interval. Percentile and BCa bootstraps cover 75 to 83 % instead of 90 % at 5 to
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -344,13 +345,16 @@ def blocks_needed(
     deciding interval, ``other_error`` the standard error of what it is compared with, which
     more blocks do not lower. ``None`` if ``at_most`` blocks are not enough.
     """
-    for blocks in range(2, at_most + 1):
+
+    def decides(blocks: int) -> bool:
         error = math.hypot(spread / math.sqrt(blocks), other_error)
         dof = blocks - 1
         needed = student_quantile((1 + level) / 2, dof) + student_quantile(power, dof)
-        if needed * error <= abs(gap):
-            return blocks
-    return None
+        return needed * error <= abs(gap)
+
+    sizes = range(2, at_most + 1)
+    found = bisect_left(sizes, True, key=decides)
+    return sizes[found] if found < len(sizes) else None
 
 
 def observations(run: Run, length: int, method: str) -> tuple[Observation, ...]:
