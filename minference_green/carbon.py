@@ -69,9 +69,19 @@ class Table:
         """Package, version and file, in words."""
         return f"{_PACKAGE} {metadata.version(_PACKAGE)}, {self.file}"
 
-    def json(self) -> Any:
-        """The content as JSON; raises ``UsageError`` if it is none."""
-        return self._parse(json.loads)
+    def json(self) -> dict[str, Any]:
+        """The content as a JSON object; raises ``UsageError`` if it is none."""
+        data = self._parse(json.loads)
+        if not isinstance(data, dict):
+            raise _damaged(self, "no JSON object")
+        return data
+
+    def entries(self, under: str | None = None) -> dict[str, dict[str, Any]]:
+        """The places in the content by name, or in what it holds ``under`` a key."""
+        found = self.json() if under is None else self.json().get(under)
+        if not isinstance(found, dict) or not all(isinstance(e, dict) for e in found.values()):
+            raise _damaged(self, "not a record per place")
+        return found
 
     def rows(self) -> list[dict[str, str]]:
         """The content as CSV rows by column; raises ``UsageError`` if it is none."""
@@ -219,7 +229,7 @@ def _world() -> EmissionFactor:
 
 def _country(code: str) -> EmissionFactor:
     of = table(_COUNTRIES)
-    countries = of.json()
+    countries = of.entries()
     entry = _known_country(code, countries)
     return _factor(
         of,
@@ -230,10 +240,9 @@ def _country(code: str) -> EmissionFactor:
     )
 
 
-def _known_country(code: str, countries: Mapping[str, Any]) -> Mapping[str, Any]:
+def _known_country(code: str, countries: Mapping[str, dict[str, Any]]) -> Mapping[str, Any]:
     if code in countries:
-        entry: Mapping[str, Any] = countries[code]
-        return entry
+        return countries[code]
     names = {str(c.get("country_name", "")).upper(): k for k, c in countries.items()}
     near = [names[n] for n in difflib.get_close_matches(code, names, 2, 0.8)]
     near += difflib.get_close_matches(code, countries, 3, 0.6)
@@ -245,7 +254,7 @@ def _known_country(code: str, countries: Mapping[str, Any]) -> Mapping[str, Any]
 
 
 def _region(code: str, region: str) -> EmissionFactor:
-    _known_country(code, table(_COUNTRIES).json())
+    _known_country(code, table(_COUNTRIES).entries())
     match code:
         case "USA":
             return _usa(region)
@@ -263,7 +272,7 @@ def _region(code: str, region: str) -> EmissionFactor:
 
 def _usa(region: str) -> EmissionFactor:
     of = table(_USA)
-    states = {k: v for k, v in of.json().items() if not k.startswith("_")}
+    states = {k: v for k, v in of.entries().items() if not k.startswith("_")}
     names = {name: name for name in states}
     names |= {str(v.get("regionCode", "")).lower(): name for name, v in states.items()}
     name = _known_region(region, names, "USA")
@@ -279,7 +288,7 @@ def _usa(region: str) -> EmissionFactor:
 
 def _canada(region: str) -> EmissionFactor:
     of = table(_CANADA)
-    provinces = of.json()
+    provinces = of.entries()
     name = _known_region(region, {p: p for p in provinces}, "CAN")
     mix = provinces[name]
     total = _value(of, mix, "total")
@@ -298,7 +307,7 @@ def _canada(region: str) -> EmissionFactor:
 
 def _china(region: str) -> EmissionFactor:
     of = table(_CHINA)
-    provinces = of.json().get("data", {})
+    provinces = of.entries("data")
     names = {code.lower(): code for code in provinces}
     names |= {code.lower().removeprefix("cn-"): code for code in provinces}
     names |= {name: code for code, p in provinces.items() for name in p.get("names", ())}
@@ -315,7 +324,7 @@ def _china(region: str) -> EmissionFactor:
 
 def _nordic(country: str, region: str) -> EmissionFactor:
     of = table(_NORDIC)
-    zones = of.json().get("data", {})
+    zones = of.entries("data")
     own = {z.lower(): z for z in zones if z.startswith(_NORDIC_ZONES[country])}
     zone = _known_region(region, own, country)
     return _factor(

@@ -72,13 +72,16 @@ def _open_nvml(uuids: Sequence[str], allow_shared: bool) -> list[Meter]:
     from minference_green.meters.nvml import NvmlGpu
 
     with _closed_on_failure() as opened:
-        gpus: list[Gpu] = []
+        boards: dict[str, Gpu] = {}
         for uuid in uuids:
             gpu = NvmlGpu(uuid)
             opened.callback(gpu.close)
-            gpus.append(open_checked(gpu, uuid))
-            opened.callback(DeviceLock(gpu.info.uuid).close)
-        return _meters_of(gpus, ["nvml", *uuids], opened, allow_shared)
+            board = open_checked(gpu, uuid).info.uuid
+            # Two slices of one board have one counter, which counts once.
+            if board not in boards:
+                opened.callback(DeviceLock(board).close)
+                boards[board] = gpu
+        return _meters_of(list(boards.values()), ["nvml", *boards], opened, allow_shared)
 
 
 def _open_simulated(file: Path, allow_shared: bool) -> list[Meter]:

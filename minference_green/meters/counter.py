@@ -6,7 +6,8 @@ that were *seen* (a poll with the old value shortly before one with the new), se
 ``evidence`` for the formula.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import psutil
@@ -66,17 +67,18 @@ class EdgeWatcher:
         self._last = joules
         return joules
 
-    def two_edges(self) -> Generator[float, None, tuple[Edge, Edge]]:
-        """Yields moments to sleep until; returns the second and a later move, both seen.
+    def two_edges(self) -> tuple[Edge, Edge]:
+        """Block until the counter moved at least three times; the last two moves timed.
 
         The first move is let go: it may still show what was spent before the call.
         """
         begun = moved = self.clock.now()
         value, before, after = self.read(), begun, self.clock.now()
         moves, seen = 0, list[Edge]()
+        sharp = False
         wake = after
         while True:
-            yield max(wake, before + POLL_SECONDS)
+            self.clock.sleep_until(max(wake, before + POLL_SECONDS))
             was, was_after = before, after
             before = self.clock.now()
             new = self.read()
@@ -89,13 +91,15 @@ class EdgeWatcher:
             # The value was taken somewhere within a call, so between the two calls' middles
             # at best, and within their outer ends at worst.
             edge = Edge((was + was_after + before + after) / 4, new, (after - was) / 2)
-            value, moves = new, moves + 1
-            interval, moved = edge.seconds - moved, edge.seconds
-            if edge.half_width_seconds <= SHARP_SECONDS:
-                if moves > 1:
-                    seen.append(edge)
-                    self._shortest = min(interval, self._shortest or interval)
-            elif wake > was_after:
+            interval, was_sharp = edge.seconds - moved, sharp
+            sharp = edge.half_width_seconds <= SHARP_SECONDS
+            value, moved, moves = new, edge.seconds, moves + 1
+            if sharp and moves > 1:
+                seen.append(edge)
+            if sharp and was_sharp:
+                # Follows a shorter interval at once and a longer one slowly.
+                self._shortest = min(interval, 1.1 * (self._shortest or interval))
+            elif not sharp and wake > was_after:
                 # It moved while slept through: shorter than thought.
                 self._shortest = (self._shortest or interval) / 2
             if len(seen) == 2:
@@ -105,20 +109,16 @@ class EdgeWatcher:
             wake = after if self._shortest is None else moved + ASLEEP_SHARE * self._shortest
 
 
-def watch_all(watchers: Sequence[EdgeWatcher], clock: Clock) -> list[tuple[Edge, Edge]]:
-    """Two edges of each counter, watched side by side from one thread."""
-    running = {i: watcher.two_edges() for i, watcher in enumerate(watchers)}
-    due = {i: next(steps) for i, steps in running.items()}
-    found: dict[int, tuple[Edge, Edge]] = {}
-    while due:
-        i = min(due, key=due.__getitem__)
-        clock.sleep_until(due[i])
-        try:
-            due[i] = next(running[i])
-        except StopIteration as done:
-            found[i] = done.value
-            del due[i]
-    return [found[i] for i in range(len(watchers))]
+def watch_all(watchers: Sequence[EdgeWatcher]) -> list[tuple[Edge, Edge]]:
+    """Two edges of each counter.
+
+    Several are watched from a thread each: a call takes 3 ms, and one after the other no
+    move of four boards could be timed.
+    """
+    if len(watchers) == 1:
+        return [watchers[0].two_edges()]
+    with ThreadPoolExecutor(len(watchers)) as threads:
+        return list(threads.map(EdgeWatcher.two_edges, watchers))
 
 
 @dataclass
@@ -130,7 +130,7 @@ class _Board:
     index: int
     """Place among the sampler's devices."""
     idle_watts: float | None = None
-    """Lowest power seen beside any window."""
+    """Lowest power seen before any window."""
 
 
 class CounterMeter:
@@ -172,7 +172,7 @@ class CounterMeter:
         """Block until each counter was seen to move three times (0.2 to 0.3 s)."""
         for gpu in self._gpus:
             refuse_shared(gpu, self._allow_shared)
-        self._begun = watch_all([b.watcher for b in self._boards], self._clock)
+        self._begun = watch_all([b.watcher for b in self._boards])
 
     def end(self, start: float, end: float) -> Sequence[Reading]:
         """Readings of the window; blocks until each counter moved three times after it."""
@@ -181,7 +181,7 @@ class CounterMeter:
             raise WindowError("end() was called without begin()")
         latest = max(t0.seconds for _, t0 in begun)
         check_window(start, end, latest, self._clock.now())
-        done = watch_all([b.watcher for b in self._boards], self._clock)
+        done = watch_all([b.watcher for b in self._boards])
         for gpu in self._gpus:
             refuse_shared(gpu, self._allow_shared)
         return [
@@ -205,8 +205,9 @@ class CounterMeter:
         info = board.gpu.info
         joules = evidence.bracketed(raw)
         seconds = raw["end_seconds"] - raw["start_seconds"]
-        before, after = evidence.slopes(raw)
-        board.idle_watts = min(before, after, board.idle_watts or before)
+        before, _ = evidence.slopes(raw)
+        # Only from before: a counter that failed in the window would vouch for itself after it.
+        board.idle_watts = min(before, board.idle_watts or before)
         low, high = 0.3 * board.idle_watts, info.power_limit_watts
         mean = joules / seconds
         if not low <= mean or mean <= 0 or (high and mean > 1.3 * high):

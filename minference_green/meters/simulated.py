@@ -137,7 +137,8 @@ class CounterSpec:
     quantum_joules: float = 0.001
     sensed_share: float = 1.0
     """Below 1 the sensor looks at this last part of each period and takes it for the whole."""
-    start_joules: float = 0.0
+    start_joules: float = 100_000.0
+    """A counter runs since the driver was loaded."""
     call_seconds: float = 0.003
     slow_call_seconds: float = 0.0
     """Some calls take this long instead..."""
