@@ -6,13 +6,17 @@ from torch import Tensor
 
 from minference_green.kernels import tile
 from minference_green.kernels.index import TILE, BlockIndex
-from minference_green.kernels.tile import attend_tile, load_queries, load_tile, store_rows
+from minference_green.kernels.tile import attend_tile, load_tile, store_rows
+
+# A kernel is compiled once, not again for lengths that happen to divide by 16.
+LENGTHS = ("n_q", "n_k", "n_blocks", "group")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _block_kernel(
-    q_ptr, k_desc, v_desc, out_ptr, lse_ptr, heads_ptr, starts_ptr, blocks_ptr,
-    q_batch, q_head, q_row, out_batch, out_head, out_row,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, heads_ptr, starts_ptr, blocks_ptr,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    out_batch, out_head, out_row,
     n_q, n_k, n_blocks, group, qk_scale,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
@@ -20,15 +24,18 @@ def _block_kernel(
     n_tiles = tl.num_programs(0)
     m = n_tiles - 1 - tl.program_id(0)
     h = tl.program_id(1)
-    b = tl.program_id(2)
-    listed = (b * tl.num_programs(1) + h).to(tl.int64)
-    head = tl.load(heads_ptr + h)
+    b = tl.program_id(2).to(tl.int64)
+    listed = b * tl.num_programs(1) + h
+    head = tl.load(heads_ptr + h).to(tl.int64)
     kv_head = head // group
+    q_ptr += b * q_batch + head * q_head
+    k_ptr += b * k_batch + kv_head * k_head
+    v_ptr += b * v_batch + kv_head * v_head
+    out_ptr += b * out_batch + head * out_head
     r0 = n_k - n_q + m * TILE
+    n_seen = tl.minimum(n_k, r0 + TILE)
     lane = tl.arange(0, TILE)
-
-    q_at = b.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
-    q = load_queries(q_ptr, q_at, q_row, m * TILE, n_q, HEAD_DIM, TILE, DIM)
+    q = load_tile(q_ptr, q_row, m * TILE, n_q, HEAD_DIM, TILE, DIM, True)
     acc = tl.zeros([TILE, DIM], tl.float32)
     row_max = tl.full([TILE], float("-inf"), tl.float32)
     row_sum = tl.zeros([TILE], tl.float32)
@@ -45,24 +52,22 @@ def _block_kernel(
         reaches = last * TILE + TILE - 1 > r0
         plain_end -= reaches.to(tl.int32)
         reaches = reaches & (plain_end > begin)
-    for i in range(plain_end, end):
+    for i in tl.range(plain_end, end, num_stages=1):
         j0 = tl.load(blocks_ptr + i) * TILE
-        k = load_tile(k_desc, b, kv_head, j0, TILE, DIM)
-        v = load_tile(v_desc, b, kv_head, j0, TILE, DIM)
-        # A key that no row of the tile sees must not meet its zero weight: it may be NaN.
-        v = tl.where((j0 + lane < r0 + TILE)[:, None], v, 0.0)
-        causal = (j0 + lane)[None, :] <= (r0 + lane)[:, None]
-        acc, row_max, row_sum = attend_tile(acc, row_max, row_sum, q, k, v, qk_scale, causal, True)
+        # A key that no row of the tile sees is not read: it must not meet its zero weight.
+        k = load_tile(k_ptr, k_row, j0, n_seen, HEAD_DIM, TILE, DIM, True)
+        v = load_tile(v_ptr, v_row, j0, n_seen, HEAD_DIM, TILE, DIM, True)
+        seen = (j0 + lane)[None, :] <= (r0 + lane)[:, None]
+        acc, row_max, row_sum = attend_tile(acc, row_max, row_sum, q, k, v, qk_scale, seen, True)
     for i in range(begin, plain_end):
         j0 = tl.load(blocks_ptr + i) * TILE
-        k = load_tile(k_desc, b, kv_head, j0, TILE, DIM)
-        v = load_tile(v_desc, b, kv_head, j0, TILE, DIM)
+        k = load_tile(k_ptr, k_row, j0, n_seen, HEAD_DIM, TILE, DIM, False)
+        v = load_tile(v_ptr, v_row, j0, n_seen, HEAD_DIM, TILE, DIM, False)
         acc, row_max, row_sum = attend_tile(acc, row_max, row_sum, q, k, v, qk_scale, None, False)
 
-    out_at = b.to(tl.int64) * out_batch + head.to(tl.int64) * out_head
     store_rows(
-        acc, row_max, row_sum, out_ptr, out_at, out_row, lse_ptr, listed * n_q,
-        m * TILE, n_q, HEAD_DIM, TILE, DIM, HAS_LSE,
+        acc, row_max, row_sum, out_ptr, out_row, lse_ptr + listed * n_q, m * TILE, n_q,
+        HEAD_DIM, TILE, DIM, HAS_LSE,
     )  # fmt: skip
 
 
@@ -98,9 +103,9 @@ def block_attention(
     tile.check_index("blocks", index.blocks, (batch, n_heads, None), q)
     lse = tile.new_lse(q, index.heads, return_lse)
     _block_kernel[(n_tiles, n_heads, batch)](
-        q, tile.describe(k), tile.describe(v), out, lse,
+        q, k, v, out, lse,
         index.heads, index.starts, index.blocks,
-        *q.stride()[:3], *out.stride()[:3],
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         n_q, k.shape[2], index.blocks.shape[2], q.shape[1] // k.shape[1], scale * tile.LOG2_E,
         HEAD_DIM=head_dim, DIM=tile.padded(head_dim), TILE=TILE, HAS_LSE=return_lse,
         **tile.launch_options(head_dim),

@@ -10,7 +10,7 @@ from minference_green.kernels.index import NONE, TILE
 NO_TILE: tl.constexpr = tl.constexpr(NONE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_offsets",))
 def _cut_kernel(offsets_ptr, starts_ptr, n_offsets, TILE: tl.constexpr):
     """One row: where a tile starts depends on where the one before it ended."""
     row = tl.program_id(0).to(tl.int64) * n_offsets

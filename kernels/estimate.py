@@ -12,59 +12,68 @@ from torch import Tensor
 
 from minference_green.kernels import tile
 from minference_green.kernels.index import TILE
-from minference_green.kernels.tile import LN_2, load_queries, load_tile
+from minference_green.kernels.tile import LN_2, load_tile
 
 CHUNK_TILES = 16
 """Key tiles of one program: enough to hide its start, few enough to fill a GPU at 8K tokens."""
 
+# A kernel is compiled once, not again for lengths that happen to divide by 16.
+LENGTHS = ("n_q", "n_k", "n_rows", "group")
 
-@triton.jit
+
+@triton.jit(do_not_specialize=LENGTHS)
 def _row_mass_kernel(
-    q_ptr, k_desc, partial_ptr, heads_ptr, q_batch, q_head, q_row,
+    q_ptr, k_ptr, partial_ptr, heads_ptr,
+    q_batch, q_head, q_row, k_batch, k_head, k_row,
     n_q, n_k, n_rows, group, qk_scale,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of the last rows over one chunk of keys."""
     h = tl.program_id(0)
     chunk = tl.program_id(1)
-    b = tl.program_id(2)
-    head = tl.load(heads_ptr + h)
+    b = tl.program_id(2).to(tl.int64)
+    head = tl.load(heads_ptr + h).to(tl.int64)
+    q_ptr += b * q_batch + head * q_head
+    k_ptr += b * k_batch + head // group * k_head
     lane = tl.arange(0, TILE)
-    q_at = b.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
-    q = load_queries(q_ptr, q_at, q_row, n_q - n_rows, n_q, HEAD_DIM, TILE, DIM)
+    q = load_tile(q_ptr, q_row, n_q - n_rows, n_q, HEAD_DIM, TILE, DIM, True)
     row = n_k - n_rows + lane
     row_max = tl.full([TILE], float("-inf"), tl.float32)
     row_sum = tl.zeros([TILE], tl.float32)
     for j0 in range(chunk * CHUNK * TILE, tl.minimum((chunk + 1) * CHUNK * TILE, n_k), TILE):
-        k = load_tile(k_desc, b, head // group, j0, TILE, DIM)
+        k = load_tile(k_ptr, k_row, j0, n_k, HEAD_DIM, TILE, DIM, True)
         visible = (j0 + lane)[None, :] <= row[:, None]
         logits = tl.where(visible, tl.dot(q, tl.trans(k)) * qk_scale, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(logits, 1))
         anchor = tl.where(new_max == float("-inf"), 0.0, new_max)
         row_sum = row_sum * tl.exp2(row_max - anchor) + tl.sum(tl.exp2(logits - anchor[:, None]), 1)
         row_max = new_max
-    at = ((b * tl.num_programs(0) + h) * tl.num_programs(1) + chunk).to(tl.int64) * TILE
+    at = ((b * tl.num_programs(0) + h) * tl.num_programs(1) + chunk) * TILE
     tl.store(partial_ptr + at + lane, (row_max + tl.log2(row_sum)) * LN_2)
 
 
 @triton.jit
-def _skewed(q, k_desc, b, kv_head, t, row, lse, qk_scale, TILE: tl.constexpr, DIM: tl.constexpr):
+def _skewed(
+    q, k_ptr, k_row, n_k, t, row, lse, qk_scale,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Probabilities of key tile ``t``, key by row: p[c, r], and skew[d, r] = p[(r - d) % TILE, r].
 
     Both are summed along rows, the axis that one thread holds.
     """
     lane = tl.arange(0, TILE)
     j = t * TILE + lane
-    k = load_tile(k_desc, b, kv_head, t * TILE, TILE, DIM)
+    k = load_tile(k_ptr, k_row, t * TILE, n_k, HEAD_DIM, TILE, DIM, True)
     logits = tl.dot(k, tl.trans(q)) * qk_scale
     visible = (j[:, None] <= row[None, :]) & (j >= 0)[:, None]
     p = tl.where(visible, tl.exp2(logits - lse[None, :]), 0.0)
     return p, tl.gather(p, (lane[None, :] - lane[:, None]) & (TILE - 1), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _mass_kernel(
-    q_ptr, k_desc, lse_ptr, columns_ptr, slashes_ptr, heads_ptr, q_batch, q_head, q_row,
+    q_ptr, k_ptr, lse_ptr, columns_ptr, slashes_ptr, heads_ptr,
+    q_batch, q_head, q_row, k_batch, k_head, k_row,
     n_q, n_k, n_rows, group, qk_scale, log2_e,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -77,20 +86,20 @@ def _mass_kernel(
     """
     h = tl.program_id(0)
     first = tl.program_id(1) * CHUNK
-    b = tl.program_id(2)
-    listed = (b * tl.num_programs(0) + h).to(tl.int64)
-    head = tl.load(heads_ptr + h)
-    kv_head = head // group
+    b = tl.program_id(2).to(tl.int64)
+    listed = b * tl.num_programs(0) + h
+    head = tl.load(heads_ptr + h).to(tl.int64)
+    q_ptr += b * q_batch + head * q_head
+    k_ptr += b * k_batch + head // group * k_head
     lane = tl.arange(0, TILE)
-    q_at = b.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
-    q = load_queries(q_ptr, q_at, q_row, n_q - n_rows, n_q, HEAD_DIM, TILE, DIM)
+    q = load_tile(q_ptr, q_row, n_q - n_rows, n_q, HEAD_DIM, TILE, DIM, True)
     # Rows past the last have an infinite log-sum-exp, so that all their probabilities are 0.
     lse = tl.load(lse_ptr + listed * TILE + lane, lane < n_rows, float("inf")) * log2_e
     row = n_k - n_rows + lane
     same_tile = lane[None, :] >= lane[:, None]
-    _, before = _skewed(q, k_desc, b, kv_head, first - 1, row, lse, qk_scale, TILE, DIM)
+    _, before = _skewed(q, k_ptr, k_row, n_k, first - 1, row, lse, qk_scale, HEAD_DIM, DIM, TILE)
     for t in range(first, first + CHUNK):
-        p, skew = _skewed(q, k_desc, b, kv_head, t, row, lse, qk_scale, TILE, DIM)
+        p, skew = _skewed(q, k_ptr, k_row, n_k, t, row, lse, qk_scale, HEAD_DIM, DIM, TILE)
         j = t * TILE + lane
         tl.store(columns_ptr + listed * n_k + j, tl.sum(p, 1), j < n_k)
         offset = n_k - n_rows - t * TILE + lane
@@ -99,19 +108,19 @@ def _mass_kernel(
         before = skew
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n",))
 def _block_mean_kernel(
     x_ptr, mean_ptr, x_batch, x_head, x_row, n,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     h = tl.program_id(1)
-    b = tl.program_id(2)
-    x_at = b.to(tl.int64) * x_batch + h.to(tl.int64) * x_head
-    x = load_queries(x_ptr, x_at, x_row, block * TILE, n, HEAD_DIM, TILE, DIM)
+    b = tl.program_id(2).to(tl.int64)
+    x_ptr += b * x_batch + h.to(tl.int64) * x_head
+    x = load_tile(x_ptr, x_row, block * TILE, n, HEAD_DIM, TILE, DIM, True)
     count = tl.minimum(n - block * TILE, TILE)
     mean = tl.sum(x.to(tl.float32), 0) / count
-    at = ((b * tl.num_programs(1) + h) * tl.num_programs(0) + block).to(tl.int64) * HEAD_DIM
+    at = ((b * tl.num_programs(1) + h) * tl.num_programs(0) + block) * HEAD_DIM
     dims = tl.arange(0, DIM)
     tl.store(mean_ptr + at + dims, mean, dims < HEAD_DIM)
 
@@ -143,16 +152,15 @@ def last_rows_scores(
     partial = torch.empty(batch, n_heads, chunks, TILE, dtype=torch.float32, device=q.device)
     columns = torch.empty(batch, n_heads, n_k, dtype=torch.float32, device=q.device)
     slashes = torch.empty_like(columns)
-    k_desc = tile.describe(k)
     group, qk_scale = q.shape[1] // k.shape[1], scale * tile.LOG2_E
     sizes = {"HEAD_DIM": head_dim, "DIM": tile.padded(head_dim), "TILE": TILE}
     _row_mass_kernel[grid](
-        q, k_desc, partial, heads, *q.stride()[:3], n_q, n_k, n_rows, group, qk_scale,
+        q, k, partial, heads, *q.stride()[:3], *k.stride()[:3], n_q, n_k, n_rows, group, qk_scale,
         **sizes, CHUNK=CHUNK_TILES, num_warps=4, num_stages=3,
     )  # fmt: skip
     lse = torch.logsumexp(partial, 2)
     _mass_kernel[grid](
-        q, k_desc, lse, columns, slashes, heads, *q.stride()[:3],
+        q, k, lse, columns, slashes, heads, *q.stride()[:3], *k.stride()[:3],
         n_q, n_k, n_rows, group, qk_scale, tile.LOG2_E,
         **sizes, CHUNK=CHUNK_TILES, num_warps=4, num_stages=3,
     )  # fmt: skip

@@ -6,9 +6,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
-
-from minference_green.kernels.index import TILE
 
 LOG2_E = 1.4426950408889634
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -18,21 +15,23 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def load_tile(desc, batch, head, row, ROWS: tl.constexpr, DIM: tl.constexpr):
-    """``ROWS`` rows of one head from any start, ``[ROWS, DIM]``; zero outside the tensor."""
-    return desc.load([batch, head, row, 0]).reshape(ROWS, DIM)
-
-
-@triton.jit
-def load_queries(
-    q_ptr, head_offset, stride, row, n_rows, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr,
-    DIM: tl.constexpr,
+def load_tile(
+    ptr, stride, row, n_rows, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """``ROWS`` query rows, ``[ROWS, DIM]``; zero past ``n_rows`` and past ``HEAD_DIM``."""
+    """``ROWS`` rows of one head from any start, ``[ROWS, DIM]``; zero past ``HEAD_DIM``.
+
+    ``BOUNDED``: rows below 0 or from ``n_rows`` on are zero and not read.
+    """
     rows = row + tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)
-    at = head_offset + rows[:, None].to(tl.int64) * stride + dims[None, :]
-    return tl.load(q_ptr + at, (rows[:, None] < n_rows) & (dims[None, :] < HEAD_DIM), 0.0)
+    at = ptr + rows[:, None].to(tl.int64) * stride + dims[None, :]
+    if BOUNDED:
+        inside = ((rows >= 0) & (rows < n_rows))[:, None] & (dims < HEAD_DIM)[None, :]
+        return tl.load(at, inside, 0.0)
+    if HEAD_DIM == DIM:
+        return tl.load(at)
+    return tl.load(at, (dims < HEAD_DIM)[None, :], 0.0)
 
 
 @triton.jit
@@ -59,32 +58,24 @@ def attend_tile(acc, row_max, row_sum, q, k, v, qk_scale, visible, MASKED: tl.co
 
 @triton.jit
 def store_rows(
-    acc, row_max, row_sum, out_ptr, head_offset, stride, lse_ptr, lse_offset, row, n_rows,
+    acc, row_max, row_sum, out_ptr, stride, lse_ptr, row, n_rows,
     HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """Normalise and write ``ROWS`` rows of the output, and their natural log-sum-exp."""
     rows = row + tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)
-    at = head_offset + rows[:, None].to(tl.int64) * stride + dims[None, :]
+    at = rows[:, None].to(tl.int64) * stride + dims[None, :]
     kept = (rows[:, None] < n_rows) & (dims[None, :] < HEAD_DIM)
     out = acc / row_sum[:, None]
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), kept)
     if HAS_LSE:
         lse = (row_max + tl.log2(row_sum)) * LN_2
-        tl.store(lse_ptr + lse_offset + rows, lse, rows < n_rows)
+        tl.store(lse_ptr + rows, lse, rows < n_rows)
 
 
 def padded(head_dim: int) -> int:
     """Head dimension as a kernel sees it: the next power of two, filled with zeros."""
     return int(triton.next_power_of_2(head_dim))
-
-
-def describe(x: Tensor) -> TensorDescriptor:
-    """Descriptor of ``[B, H, N, D]`` that loads ``TILE`` rows of one head."""
-    # A dimension of one is never stepped over, so its stride may be anything: make it legal.
-    strides = [x.shape[-1] if x.shape[d] == 1 else x.stride(d) for d in range(3)]
-    block = [1, 1, TILE, padded(x.shape[-1])]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], block)
 
 
 def check_tensors(**tensors: Tensor) -> None:
@@ -115,11 +106,10 @@ def check_tensors(**tensors: Tensor) -> None:
             )
         if min(x.shape) < 1:
             raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
-        stepped = [x.stride(d) * x.element_size() for d in range(3) if x.shape[d] > 1]
-        if x.stride(3) != 1 or any(step % 16 for step in stepped) or x.data_ptr() % 16:
+        if x.stride(3) != 1:
             raise ValueError(
-                f"{name} must have a contiguous last dimension and rows that start at "
-                f"multiples of 16 bytes, got strides {x.stride()}; call .contiguous()"
+                f"{name} must have a contiguous last dimension, got strides {x.stride()}; "
+                "call .contiguous()"
             )
 
 

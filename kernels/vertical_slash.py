@@ -1,13 +1,13 @@
 """Attention over verticals and slashes (or an A-shape), one launch for many heads.
 
-A query tile visits four kinds of key tiles; ``e`` counts columns leftward from it::
+A query tile visits three kinds of key tiles; ``e`` counts columns leftward from it::
 
                 column 0          e = 127 .. 64   63 .. 0 | r0 .. r0+63
-                |  straddling  |  full tiles of the band  |  diagonal
+                | edge |    full tiles of the band        | edge
                 |  gathered columns, wherever they lie    |
 
-Only the diagonal tile needs the causal mask. A gathered column that a band tile already
-covers is masked, so that no key is counted twice.
+Edge tiles are masked: the diagonal one by causality, the other, if there is one, by column 0.
+A gathered column that a band tile already covers is masked, so that no key counts twice.
 """
 
 import torch
@@ -17,95 +17,88 @@ from torch import Tensor
 
 from minference_green.kernels import tile
 from minference_green.kernels.index import NONE, TILE, BandIndex
-from minference_green.kernels.tile import attend_tile, load_queries, load_tile, store_rows
+from minference_green.kernels.tile import attend_tile, load_tile, store_rows
 
 NO_TILE: tl.constexpr = tl.constexpr(NONE)
+# A kernel is compiled once, not again for lengths that happen to divide by 16.
+LENGTHS = ("n_q", "n_k", "n_starts", "n_columns", "n_words", "group")
 
 
 @triton.jit
-def uncovered(position, r0, bits_ptr, valid):
-    """Whether gathered columns lie left of the query tile and under none of its band tiles."""
-    e = r0 - 1 - position
-    left = valid & (e >= 0)
+def uncovered(columns_ptr, n_left, r0, bits_ptr, TILE: tl.constexpr):
+    """Which of ``TILE`` gathered columns, the first ``n_left`` left of r0, no band tile covers."""
+    lane = tl.arange(0, TILE)
+    left = lane < n_left
+    e = r0 - 1 - tl.load(columns_ptr + lane, left, 0)
     word = tl.load(bits_ptr + (e >> 5), left, 0)
     return left & (((word >> (e & 31)) & 1) == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _band_kernel(
-    q_ptr, k_desc, v_desc, column_k_desc, column_v_desc, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, column_k_ptr, column_v_ptr, out_ptr, lse_ptr,
     heads_ptr, starts_ptr, columns_ptr, bits_ptr, n_full_ptr, n_left_ptr,
-    q_batch, q_head, q_row, out_batch, out_head, out_row,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    out_batch, out_head, out_row,
     n_q, n_k, n_starts, n_columns, n_words, group, qk_scale,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     # The last query tiles have the most work: they start first.
     m = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)
-    b = tl.program_id(2)
-    n_heads = tl.num_programs(1)
-    listed = b * n_heads + h
-    head = tl.load(heads_ptr + h)
+    b = tl.program_id(2).to(tl.int64)
+    listed = b * tl.num_programs(1) + h
+    head = tl.load(heads_ptr + h).to(tl.int64)
     kv_head = head // group
+    q_ptr += b * q_batch + head * q_head
+    k_ptr += b * k_batch + kv_head * k_head
+    v_ptr += b * v_batch + kv_head * v_head
+    out_ptr += b * out_batch + head * out_head
     r0 = n_k - n_q + m * TILE
     lane = tl.arange(0, TILE)
-
-    q_at = b.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
-    q = load_queries(q_ptr, q_at, q_row, m * TILE, n_q, HEAD_DIM, TILE, DIM)
+    q = load_tile(q_ptr, q_row, m * TILE, n_q, HEAD_DIM, TILE, DIM, True)
     acc = tl.zeros([TILE, DIM], tl.float32)
     row_max = tl.full([TILE], float("-inf"), tl.float32)
     row_sum = tl.zeros([TILE], tl.float32)
 
-    # The diagonal first: every row sees itself, so its maximum is finite from here on.
-    k = load_tile(k_desc, b, kv_head, r0, TILE, DIM)
-    v = load_tile(v_desc, b, kv_head, r0, TILE, DIM)
-    causal = lane[None, :] <= lane[:, None]
-    acc, row_max, row_sum = attend_tile(acc, row_max, row_sum, q, k, v, qk_scale, causal, True)
+    # Edge tiles, the diagonal first: every row sees itself, so its maximum is finite from there.
+    # Band tiles are disjoint, so at most one reaches past column 0.
+    starts_ptr += listed * n_starts
+    n_full = tl.load(n_full_ptr + listed * tl.num_programs(0) + m)
+    edge = tl.load(starts_ptr + n_full, n_full < n_starts, NO_TILE)
+    row = r0
+    for _ in tl.range(0, 1 + (edge < r0).to(tl.int32), num_stages=1):
+        k = load_tile(k_ptr, k_row, row, n_k, HEAD_DIM, TILE, DIM, True)
+        v = load_tile(v_ptr, v_row, row, n_k, HEAD_DIM, TILE, DIM, True)
+        j = row + lane
+        seen = (j[None, :] <= (r0 + lane)[:, None]) & (j >= 0)[None, :]
+        acc, row_max, row_sum = attend_tile(acc, row_max, row_sum, q, k, v, qk_scale, seen, True)
+        row = r0 - TILE - edge
 
-    starts_ptr += listed.to(tl.int64) * n_starts
-    n_full = tl.load(n_full_ptr + listed.to(tl.int64) * tl.num_programs(0) + m)
     for i in range(n_full):
         row = r0 - TILE - tl.load(starts_ptr + i)
-        k = load_tile(k_desc, b, kv_head, row, TILE, DIM)
-        v = load_tile(v_desc, b, kv_head, row, TILE, DIM)
+        k = load_tile(k_ptr, k_row, row, n_k, HEAD_DIM, TILE, DIM, False)
+        v = load_tile(v_ptr, v_row, row, n_k, HEAD_DIM, TILE, DIM, False)
         acc, row_max, row_sum = attend_tile(acc, row_max, row_sum, q, k, v, qk_scale, None, False)
 
-    # Tiles are disjoint, so at most one straddles column 0.
-    start = tl.load(starts_ptr + n_full, n_full < n_starts, NO_TILE)
-    if start < r0:
-        row = r0 - TILE - start
-        k = load_tile(k_desc, b, kv_head, row, TILE, DIM)
-        v = load_tile(v_desc, b, kv_head, row, TILE, DIM)
-        real = (row + lane >= 0)[None, :]
-        acc, row_max, row_sum = attend_tile(acc, row_max, row_sum, q, k, v, qk_scale, real, True)
-
-    columns_ptr += listed.to(tl.int64) * n_columns
-    bits_ptr += listed.to(tl.int64) * n_words
-    n_left = tl.load(n_left_ptr + listed.to(tl.int64) * tl.num_programs(0) + m)
-    for i in range(0, n_left // TILE * TILE, TILE):
-        k = load_tile(column_k_desc, b, h, i, TILE, DIM)
-        v = load_tile(column_v_desc, b, h, i, TILE, DIM)
-        position = tl.load(columns_ptr + i + lane)
-        seen = uncovered(position, r0, bits_ptr, lane >= 0)[None, :]
-        acc, row_max, row_sum = attend_tile(acc, row_max, row_sum, q, k, v, qk_scale, seen, True)
-    if n_left % TILE != 0:
-        i = n_left // TILE * TILE
-        left = i + lane < n_left
-        k = load_tile(column_k_desc, b, h, i, TILE, DIM)
-        # Columns from r0 on are not for this tile: whatever they hold must not meet a zero weight.
-        v = tl.where(left[:, None], load_tile(column_v_desc, b, h, i, TILE, DIM), 0.0)
-        position = tl.load(columns_ptr + i + lane, left, 0)
-        seen = uncovered(position, r0, bits_ptr, left)[None, :]
+    columns_ptr += listed * n_columns
+    column_k_ptr += listed * n_columns * HEAD_DIM
+    column_v_ptr += listed * n_columns * HEAD_DIM
+    bits_ptr += listed * n_words
+    n_left = tl.load(n_left_ptr + listed * tl.num_programs(0) + m)
+    for i in range(0, n_left, TILE):
+        k = load_tile(column_k_ptr, HEAD_DIM, i, n_left, HEAD_DIM, TILE, DIM, True)
+        v = load_tile(column_v_ptr, HEAD_DIM, i, n_left, HEAD_DIM, TILE, DIM, True)
+        seen = uncovered(columns_ptr + i, n_left - i, r0, bits_ptr, TILE)[None, :]
         acc, row_max, row_sum = attend_tile(acc, row_max, row_sum, q, k, v, qk_scale, seen, True)
 
-    out_at = b.to(tl.int64) * out_batch + head.to(tl.int64) * out_head
     store_rows(
-        acc, row_max, row_sum, out_ptr, out_at, out_row, lse_ptr, listed.to(tl.int64) * n_q,
-        m * TILE, n_q, HEAD_DIM, TILE, DIM, HAS_LSE,
+        acc, row_max, row_sum, out_ptr, out_row, lse_ptr + listed * n_q, m * TILE, n_q,
+        HEAD_DIM, TILE, DIM, HAS_LSE,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_starts", "n_words"))
 def _mark_kernel(starts_ptr, bits_ptr, n_starts, n_words, TILE: tl.constexpr, BLOCK: tl.constexpr):
     """Set bit ``e`` for every ``e`` under a band tile; a tile touches three words at most."""
     listed = tl.program_id(1).to(tl.int64)
@@ -173,23 +166,19 @@ def band_attention(
     tile.check_index("columns", index.columns, (batch, n_heads, None), q)
     lse = tile.new_lse(q, index.heads, return_lse)
 
-    columns = index.columns
-    if columns.shape[2] == 0:
-        columns = columns.new_full((batch, n_heads, 1), NONE)
     group = q.shape[1] // k.shape[1]
     kv_heads = (index.heads // group).long()
     n_tiles = triton.cdiv(n_q, TILE)
     r0 = torch.arange(n_k - n_q, n_k, TILE, dtype=torch.int32, device=q.device)
     r0 = r0.expand(batch, n_heads, n_tiles).contiguous()
     n_full = torch.searchsorted(index.tile_starts, r0 - TILE, right=True, out_int32=True)
-    n_left = torch.searchsorted(columns, r0, out_int32=True)
+    n_left = torch.searchsorted(index.columns, r0, out_int32=True)
     bits = _band_bits(index.tile_starts, n_k)
     _band_kernel[(n_tiles, n_heads, batch)](
-        q, tile.describe(k), tile.describe(v),
-        tile.describe(_gather(k, kv_heads, columns)), tile.describe(_gather(v, kv_heads, columns)),
-        out, lse, index.heads, index.tile_starts, columns, bits, n_full, n_left,
-        *q.stride()[:3], *out.stride()[:3],
-        n_q, n_k, index.tile_starts.shape[2], columns.shape[2], bits.shape[2],
+        q, k, v, _gather(k, kv_heads, index.columns), _gather(v, kv_heads, index.columns), out, lse,
+        index.heads, index.tile_starts, index.columns, bits, n_full, n_left,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        n_q, n_k, index.tile_starts.shape[2], index.columns.shape[2], bits.shape[2],
         group, scale * tile.LOG2_E,
         HEAD_DIM=head_dim, DIM=tile.padded(head_dim), TILE=TILE, HAS_LSE=return_lse,
         **tile.launch_options(head_dim),
