@@ -64,7 +64,8 @@ def _direction(verb: str, saving: Estimate, what: str, than: str) -> str:
     if saving.low is None or saving.high is None:
         return f"{verb} {percent(shown)} {word} {what}{tail} ({saving.reason})"
     if saving.low <= 0 <= saving.high:
-        return f"showed no difference in {what}{tail.replace(' than', ' to')} ({percent(saving)})"
+        away = tail.replace(" than", " from")
+        return f"was not shown to differ{away} in {what} ({percent(saving)} saved)"
     return f"{verb} {percent(shown)} {word} {what}{tail}"
 
 

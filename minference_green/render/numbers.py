@@ -16,7 +16,8 @@ BARE_DIGITS = 3
 def figure(estimate: Estimate) -> str:
     """The value, cut where its interval makes further digits meaningless.
 
-    The last digit shown stands where the half-width of the interval has its first.
+    The last digit shown stands where the half-width of the interval has its first; two
+    significant digits are shown however wide it is, so that no figure reads as zero.
     """
     if estimate.value is None:
         return ABSENT
@@ -58,9 +59,10 @@ def significant(value: float | None, digits: int) -> str:
 
 
 def _rounded(value: float, half_width: float) -> str:
-    if half_width == 0:
+    if value == 0 or half_width == 0:
         return significant(value, BARE_DIGITS)
-    return _plain(value, -math.floor(math.log10(half_width)))
+    at_least = 1 - math.floor(math.log10(abs(value)))
+    return _plain(value, max(-math.floor(math.log10(half_width)), at_least))
 
 
 def _plain(value: float, decimals: int) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from minference_green.render.numbers import significant
 from minference_green.results import Backends, Note, Observation, Run, Skip
 from minference_green.stats import (
     Cell,
@@ -69,7 +70,7 @@ def facts(run: Run) -> tuple[tuple[str, str], ...]:
         (
             "Model",
             f"{print_.model} at {print_.model_revision}, {print_.weights}, "
-            f"{print_.parameters / 1e9:.2f} G parameters, {print_.dtype}",
+            f"{_count(print_.parameters)} parameters, {print_.dtype}",
         ),
         ("Prompt", f"{tokens} tokens, batch {workload.batch}, seed {workload.seed}"),
         *((("Dense kernel", kernels),) if (kernels := _dense_kernels(run)) else ()),
@@ -94,7 +95,14 @@ def _machine(run: Run) -> str:
         for d in print_.devices
     ]
     versions = [f"{k} {v}" for k, v in print_.software.items() if k in ("torch", "triton", "cuda")]
-    return "; ".join([*names, *([print_.cpu] if print_.cpu not in names else []), *versions])
+    # On a CPU run the device is the processor, which then stands here with its cores.
+    names = [name for name in names if not print_.cpu.startswith(name)]
+    return "; ".join([*names, *([print_.cpu] if print_.cpu else []), *versions])
+
+
+def _count(parameters: int) -> str:
+    unit, divisor = ("G", 1e9) if parameters >= 1e9 else ("M", 1e6)
+    return f"{significant(parameters / divisor, 3)} {unit}"
 
 
 def _dense_kernels(run: Run) -> str:
