@@ -61,8 +61,18 @@ def test_a_directory_that_is_not_there_is_refused(tmp_path):
         DeviceLock("GPU-a", tmp_path / "absent")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_another_users_lock_file_serves_as_well(tmp_path):
-    file = tmp_path / "minference-green-GPU-a.lock"
-    file.touch(mode=0o444)
-    DeviceLock("GPU-a", tmp_path).close()
+def test_another_users_lock_file_serves_as_well(tmp_path, monkeypatch):
+    """Theirs may be read and not written; the test itself may run as root."""
+    (tmp_path / "minference-green-GPU-a.lock").touch()
+    real = os.open
+
+    def open_file(path, flags, *arguments):
+        if flags & os.O_RDWR:
+            raise PermissionError(13, "Permission denied")
+        return real(path, flags, *arguments)
+
+    monkeypatch.setattr(os, "open", open_file)
+    lock = DeviceLock("GPU-a", tmp_path)
+    with pytest.raises(DeviceInUseError):
+        DeviceLock("GPU-a", tmp_path)
+    lock.close()
