@@ -12,9 +12,10 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from minference_green.channel import Channel
 from minference_green.errors import GreenBenchError, UsageError
 from minference_green.methods.choose import method_from_name
-from minference_green.methods.dense import Dense, time_backends
+from minference_green.methods.dense import BackendTimings, Dense, time_backends
 from minference_green.methods.method import PrefillMethod, ProfiledMethod
 from minference_green.model.attention import switched
 from minference_green.model.loading import LoadedModel, load
@@ -267,7 +268,13 @@ def _prepare(
     cells: dict[tuple[int, str], Cell] = {}
     for length in task.workload.context_lengths:
         ids = model.prompt(task.workload, length)
-        dense = _choose_dense(channel, task, model, length, methods)
+        try:
+            dense = _choose_dense(channel, task, model, ids, methods)
+        except torch.OutOfMemoryError as error:
+            for name in methods:
+                _skip(channel, task, length, name, error)
+            _free(ids.device)
+            continue
         for name, method in methods.items():
             if (length, name) in task.excluded:
                 continue
@@ -275,9 +282,10 @@ def _prepare(
             arm = dense if isinstance(method, Dense) else method
             cell = Cell(model, arm, dense, ids)
             try:
-                for _ in range(2):  # the first compiles, the second is timed
-                    start, end, _seconds = cell.repeat(1)
-                    cell.seconds = end - start
+                start, end, _ = cell.repeat(1)  # compiles
+                if end - start < task.window_seconds:
+                    start, end, _ = cell.repeat(1)  # how many fit a window
+                cell.seconds = end - start
             except torch.OutOfMemoryError as error:
                 _skip(channel, task, length, name, error)
                 continue
@@ -287,31 +295,48 @@ def _prepare(
     return cells
 
 
+class _TimesBackends:
+    """Dense attention that times every backend on the first layer's own inputs."""
+
+    name = "dense"
+    parameters: Mapping[str, Any] = MappingProxyType({})
+
+    def __init__(self) -> None:
+        self.timings: BackendTimings | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> Tensor:
+        if self.timings is None:
+            self.timings = time_backends(q, k, v, scale=scale)
+        return Dense(self.timings.fastest).attend(q, k, v, scale=scale, layer=layer)
+
+
 def _choose_dense(
     channel: Channel,
     task: Task,
     model: LoadedModel,
-    length: int,
-    methods: dict[str, PrefillMethod],
+    ids: Tensor,
+    methods: Mapping[str, PrefillMethod],
 ) -> Dense:
     """The dense kernel of this length: the user's, the one on file, or the fastest now."""
+    length = ids.shape[1]
     for method in methods.values():
         if isinstance(method, Dense) and method.backend is not None:
             return method
     if length in task.backends:
         return Dense(task.backends[length])
-    q, k, v = model.attention_inputs(task.workload.batch, length)
-    timings = time_backends(q, k, v, scale=q.shape[-1] ** -0.5)
+    probe = _TimesBackends()
+    Cell(model, probe, Dense(), ids).prefill()
+    assert probe.timings is not None
     record = Backends(
         block=task.block,
         context_length=length,
         dtype=task.workload.dtype,
-        seconds=timings.seconds,
-        reasons=timings.reasons,
-        chosen=timings.fastest,
+        seconds=probe.timings.seconds,
+        reasons=probe.timings.reasons,
+        chosen=probe.timings.fastest,
     )
     channel.ask("record", record=record.model_dump(mode="json"))
-    return Dense(timings.fastest)
+    return Dense(probe.timings.fastest)
 
 
 def _skip(channel: Channel, task: Task, length: int, name: str, error: BaseException) -> None:

@@ -42,7 +42,7 @@ def run(
         str, typer.Option(help="Context lengths in tokens, such as 1k,8k,32k. Default: by device.")
     ] = "",
     blocks: Annotated[
-        int | None, typer.Option(min=1, help="Process starts; the unit of the intervals.")
+        int | None, typer.Option(help="Process starts; the unit of the intervals.")
     ] = None,
     window: Annotated[
         str, typer.Option(help="Seconds each window lasts at least, such as 2s or 10s.")
@@ -50,7 +50,7 @@ def run(
     warmup: Annotated[
         str, typer.Option(help="Most seconds to warm up each block, such as 20s.")
     ] = "",
-    batch: Annotated[int, typer.Option(min=1, help="Prompts per prefill.")] = 1,
+    batch: Annotated[int, typer.Option(help="Prompts per prefill.")] = 1,
     dtype: Annotated[
         str, typer.Option(help="auto, bfloat16, float16 or float32 (float32: CPU only).")
     ] = "auto",
@@ -115,11 +115,11 @@ def run(
         methods=parse_methods(methods),
         options=parse_options(method_option or []),
         context_lengths=parse_contexts(context),
-        batch=batch,
+        batch=positive("--batch", batch),
         dtype=parse_dtype(dtype),
         seed=seed,
         **prompt_fields(prompt),
-        blocks=blocks,
+        blocks=None if blocks is None else positive("--blocks", blocks),
         window_seconds=parse_seconds("--window", window),
         warmup_seconds=parse_seconds("--warmup", warmup),
         grid=grid,
@@ -209,6 +209,13 @@ def parse_dtype(text: str) -> str:
     if text not in DTYPES:
         raise UsageError(f"--dtype {text!r} is not known; use one of {', '.join(DTYPES)}")
     return text
+
+
+def positive(option: str, number: int) -> int:
+    """A count of at least one."""
+    if number < 1:
+        raise UsageError(f"{option} {number} must be 1 or more")
+    return number
 
 
 def parse_seconds(option: str, text: str) -> float | None:
