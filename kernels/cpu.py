@@ -1,8 +1,10 @@
 """The CPU path: torch twins of the Triton kernels, over the same index types.
 
-Sparse is really faster here too. Per head and a group of query tiles, the keys left of each
-tile are gathered and go through torch's fused CPU attention as one batch; each tile's own 64
-keys go through it causally; the two results are merged by their log-sum-exp.
+Sparse is really faster here too. A job is one query tile of one head. Jobs are taken in order of
+how many keys lie left of their tile, as many at a time as memory allows: their keys are
+gathered and go through torch's fused CPU attention as one batch, each tile's own 64 keys go
+through it causally, and the two results are merged by their log-sum-exp. Few large steps,
+because each one ends with all threads waiting for the last.
 """
 
 from bisect import bisect_right
@@ -14,8 +16,8 @@ from torch import Tensor
 
 from minference_green.kernels.index import NONE, TILE, BandIndex, BlockIndex
 
-_GATHERED = 2**20
-"""Elements of K gathered at once: 4 MiB in fp32, which stays in the caches of a few cores."""
+_GATHERED = 2**21
+"""Elements of K gathered at once, 8 MiB in fp32, unless one tile alone needs more."""
 
 
 def band_attention(
@@ -36,31 +38,32 @@ def band_attention(
     they are all. Raises ``ValueError`` on shapes, dtypes or lengths that do not fit.
     """
     _check(q, k, v, index.n_k)
-    n_k = k.shape[2]
+    first_rows = torch.arange(k.shape[2] - q.shape[2], k.shape[2], TILE)
+    n_tiles, n_k = len(first_rows), index.n_k
+    # Padding becomes n_k, which no tile reaches.
+    e = (index.tile_starts.long()[..., None] + torch.arange(TILE)).flatten(-2).clamp(max=n_k)
+    columns = index.columns.long().clamp(max=n_k).contiguous()
+    r0_of_tile = first_rows.expand(*e.shape[:2], -1).contiguous()
+    n_near = torch.searchsorted(e, r0_of_tile).flatten()
+    n_columns = torch.searchsorted(columns, r0_of_tile).flatten()
+    banded = index.banded().flatten()
+    # Per head its distances, its columns, and one more entry for lists that are empty.
+    lists = _padded(torch.cat([e, columns], dim=-1), n_k)
 
-    def keys_of(b: int, h: int) -> _TileKeys:
-        starts = index.tile_starts[b, h]
-        starts = starts[starts < n_k].long()
-        e = (starts[:, None] + torch.arange(TILE)).flatten()
-        e = e[e < n_k]
-        banded = torch.zeros(n_k, dtype=torch.bool)
-        banded[e] = True
-        columns = index.columns[b, h]
-        columns = columns[columns < n_k].long()
+    def left(jobs: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        head, r0 = jobs[:, None] // n_tiles, first_rows[jobs % n_tiles, None]
+        slot = torch.arange(width)
+        near = slot < n_near[jobs, None]
+        far = (slot - n_near[jobs, None] + e.shape[2]).clamp(max=lists.shape[2] - 1)
+        entry = _pick(lists, head * lists.shape[2] + torch.where(near, slot, far))
+        mirrored = r0 - 1 - entry  # a distance as a position, a position as a distance
+        # A column under a band of the tile is among the near keys already.
+        covered = _pick(banded, head * n_k + mirrored.clamp(min=0))
+        column = (slot < (n_near + n_columns)[jobs, None]) & ~covered
+        return torch.where(near, mirrored, entry), near | column
 
-        def left(first_rows: Tensor) -> tuple[Tensor, Tensor]:
-            r0, reach = first_rows[:, None], int(first_rows[-1])
-            near = r0 - 1 - e[: int(torch.searchsorted(e, reach))]
-            column = columns[: int(torch.searchsorted(columns, reach))]
-            distance = r0 - 1 - column
-            # A column under a band of the tile is among the near keys already.
-            alone = (distance >= 0) & ~banded[distance.clamp(min=0)]
-            positions = torch.cat([near, column.expand(len(r0), -1)], dim=1)
-            return positions, torch.cat([near >= 0, alone], dim=1)
-
-        return _TileKeys(width=len(e) + len(columns), left=left, own=_every_key)
-
-    return _attend(q, k, v, index.heads, keys_of, scale, out, return_lse)
+    tiles = _TileKeys(widths=n_near + n_columns, left=left, own=lambda _: None)
+    return _attend(q, k, v, index.heads, tiles, scale, out, return_lse)
 
 
 def block_attention(
@@ -82,31 +85,36 @@ def block_attention(
     n_q, n_k = q.shape[2], k.shape[2]
     if n_q != index.n_q:
         raise ValueError(f"index was built for n_q = {index.n_q}, q has {n_q}")
+    first_rows = torch.arange(n_k - n_q, n_k, TILE)
+    n_tiles = len(first_rows)
+    blocks = _padded(index.blocks.long(), NONE)
+    # Where each job's list begins in the flattened blocks of all heads.
+    base = torch.arange(blocks.shape[0] * blocks.shape[1]) * blocks.shape[2]
+    begins = (index.starts[..., :-1].long().flatten(0, 1) + base[:, None]).flatten()
+    counts = index.starts.long().diff().flatten()
+    blocks = blocks.flatten()
 
-    def keys_of(b: int, h: int) -> _TileKeys:
-        starts = index.starts[b, h].long()
-        counts = starts.diff()
-        # One block past the end, so that an empty list has something to point at.
-        blocks = torch.nn.functional.pad(index.blocks[b, h].long(), (0, 1), value=NONE)
+    def listed(jobs: Tensor, width: int) -> Tensor:
+        slot = torch.arange(width)
+        block = _pick(blocks, (begins[jobs, None] + slot).clamp(max=len(blocks) - 1))
+        return block.masked_fill(slot >= counts[jobs, None], NONE)
 
-        def listed(first_rows: Tensor) -> Tensor:
-            tiles = (first_rows - (n_k - n_q)) // TILE
-            entry = torch.arange(int(counts[tiles].max()))
-            slot = (starts[tiles, None] + entry).clamp(max=len(blocks) - 1)
-            return blocks[slot].masked_fill(entry >= counts[tiles, None], NONE)
+    def left(jobs: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        block = listed(jobs, width // TILE)
+        positions = (block[..., None] * TILE + torch.arange(TILE)).flatten(1)
+        return positions, positions < first_rows[jobs % n_tiles, None]
 
-        def left(first_rows: Tensor) -> tuple[Tensor, Tensor]:
-            positions = listed(first_rows)[..., None] * TILE + torch.arange(TILE)
-            positions = positions.flatten(1)
-            return positions, positions < first_rows[:, None]
+    def own(jobs: Tensor) -> Tensor:
+        block = (first_rows[jobs % n_tiles, None] + torch.arange(TILE)) // TILE
+        list_of = listed(jobs, int(counts[jobs].max()))
+        return (list_of[:, :, None] == block[:, None, :]).any(1)
 
-        def own(first_rows: Tensor) -> Tensor:
-            block = (first_rows[:, None] + torch.arange(TILE)) // TILE
-            return (listed(first_rows)[:, :, None] == block[:, None, :]).any(1)
-
-        return _TileKeys(width=int(counts.max()) * TILE, left=left, own=own)
-
-    return _attend(q, k, v, index.heads, keys_of, scale, out, return_lse)
+    # The last block of a list is usually the tile's own: no key of it is left of the tile.
+    last = blocks[(begins + counts - 1).clamp(min=0)] * TILE
+    r0 = first_rows.repeat(len(base))
+    widths = (counts - ((counts > 0) & (last >= r0)).long()) * TILE
+    tiles = _TileKeys(widths=widths, left=left, own=own)
+    return _attend(q, k, v, index.heads, tiles, scale, out, return_lse)
 
 
 def last_rows_scores(
@@ -166,18 +174,14 @@ def cut_tiles(offsets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _TileKeys:
-    """What the query tiles of one head see, asked for by their first absolute rows ``[G]``."""
+    """What query tiles see. Jobs are numbered ``(b * H + h) * n_tiles + m``."""
 
-    width: int
-    """Upper bound of the keys left of any tile."""
-    left: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """Positions of keys before the tile and which of them count, both ``[G, W]``."""
+    widths: Tensor
+    """Keys left of each job's tile, or a few more: int64, one per job."""
+    left: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    """Of jobs ``[J]`` and a width: key positions left of the tile and which count, ``[J, W]``."""
     own: Callable[[Tensor], Tensor | None]
-    """Which of the tile's own 64 keys count, ``[G, TILE]``; ``None`` for all."""
-
-
-def _every_key(_: Tensor) -> None:
-    return None
+    """Of jobs ``[J]``: which of the tile's own 64 keys count, ``[J, TILE]``; ``None`` for all."""
 
 
 def _attend(
@@ -185,70 +189,87 @@ def _attend(
     k: Tensor,
     v: Tensor,
     heads: Tensor,
-    keys_of: Callable[[int, int], _TileKeys],
+    tiles: _TileKeys,
     scale: float,
     out: Tensor | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    n_q, n_k = q.shape[2], k.shape[2]
+    out = _output(q, out, heads)
+    batch, _, n_q, dim = q.shape
+    kv_heads = heads.long() // (q.shape[1] // k.shape[1])
+    # KV head of each job, in the flattened [B * Hkv].
+    kv = (torch.arange(batch)[:, None] * k.shape[1] + kv_heads).flatten()
+    n_tiles = len(tiles.widths) // len(kv)
+    q_tiles = _tiles(q[:, heads.long()])
+    k_tiles, v_tiles = _tiles(k[:, :, -n_q:]), _tiles(v[:, :, -n_q:])
+    k_rows, v_rows = k.reshape(-1, dim), v.reshape(-1, dim)
+    result = torch.empty_like(q_tiles)
+    lse = torch.empty(q_tiles.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    widths, order = tiles.widths.sort(descending=True)
+    most_rows = _GATHERED // dim
+    space = max(int(widths[0]), min(most_rows, int(widths[0]) * len(widths)))
+    k_space, v_space = k.new_empty(space, dim), v.new_empty(space, dim)
+    begin = 0
+    while begin < len(order):
+        width = int(widths[begin])
+        jobs = order[begin : begin + max(1, most_rows // max(width, TILE))]
+        begin += len(jobs)
+        kv_of_job = kv[jobs // n_tiles]
+        own_tile = kv_of_job * n_tiles + jobs % n_tiles
+        q_job = q_tiles.index_select(0, jobs)
+        part = _own_keys(q_job, k_tiles[own_tile], v_tiles[own_tile], tiles.own(jobs), scale)
+        if width:
+            positions, seen = tiles.left(jobs, width)
+            row = positions.clamp(max=k.shape[2] - 1) + kv_of_job[:, None] * k.shape[2]
+            gathered = [
+                torch.index_select(x, 0, row.flatten(), out=to[: row.numel()]).view(*row.shape, dim)
+                for x, to in ((k_rows, k_space), (v_rows, v_space))
+            ]
+            mask = None if bool(seen.all()) else seen[:, None, :]
+            part = _merge(part, _fused(q_job, gathered[0], gathered[1], mask, scale))
+        result.index_copy_(0, jobs, part[0].to(q.dtype))
+        lse.index_copy_(0, jobs, part[1])
+    out[:, heads.long()] = result.view(batch, len(heads), -1, dim)[:, :, :n_q]
+    return (out, lse.view(batch, len(heads), -1)[..., :n_q].contiguous()) if return_lse else out
+
+
+def _output(q: Tensor, out: Tensor | None, heads: Tensor) -> Tensor:
     if out is None:
         if len(heads) != q.shape[1]:
             raise ValueError(
                 f"index covers {len(heads)} of {q.shape[1]} query heads: give out= to fill "
                 "the rows of some heads only"
             )
-        out = torch.empty_like(q)
+        return torch.empty_like(q)
     if out.shape != q.shape:
         raise ValueError(f"out must have the shape of q {list(q.shape)}, got {list(out.shape)}")
-    precision = torch.promote_types(q.dtype, torch.float32)
-    lse = torch.empty(q.shape[0], len(heads), n_q, dtype=precision)
-    group = q.shape[1] // k.shape[1]
-    first_rows = torch.arange(n_k - n_q, n_k, TILE)
-    for b in range(q.shape[0]):
-        for n, head in enumerate(heads.tolist()):
-            keys = keys_of(b, n)
-            k_head, v_head = k[b, head // group].contiguous(), v[b, head // group].contiguous()
-            q_tiles = _tiles(q[b, head])
-            k_tiles, v_tiles = _tiles(k_head[n_k - n_q :]), _tiles(v_head[n_k - n_q :])
-            step = max(1, _GATHERED // max(1, keys.width * q.shape[3]))
-            for begin in range(0, len(first_rows), step):
-                some = slice(begin, begin + step)
-                part = _own_keys(
-                    q_tiles[some], k_tiles[some], v_tiles[some], keys.own(first_rows[some]), scale
-                )
-                positions, valid = keys.left(first_rows[some])
-                if positions.shape[1]:
-                    left = _left_keys(q_tiles[some], k_head, v_head, positions, valid, scale)
-                    part = _merge(part, left)
-                rows = slice(begin * TILE, min((begin + step) * TILE, n_q))
-                out[b, head, rows] = part[0].flatten(0, 1)[: rows.stop - rows.start].to(out.dtype)
-                lse[b, n, rows] = part[1].flatten()[: rows.stop - rows.start]
-    return (out, lse) if return_lse else out
+    return out
 
 
 def _tiles(x: Tensor) -> Tensor:
-    """Rows ``[n, D]`` in tiles ``[ceil(n / TILE), TILE, D]``, the last one filled with zeros."""
-    return torch.nn.functional.pad(x, (0, 0, 0, -len(x) % TILE)).view(-1, TILE, x.shape[1])
+    """``[B, H, N, D]`` as tiles ``[B * H * ceil(N / TILE), TILE, D]``, the last filled with 0."""
+    whole = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % TILE))
+    return whole.reshape(-1, TILE, x.shape[3])
+
+
+def _padded(x: Tensor, value: int) -> Tensor:
+    """One more column, contiguous."""
+    return torch.nn.functional.pad(x, (0, 1), value=value).contiguous()
+
+
+def _pick(table: Tensor, at: Tensor) -> Tensor:
+    """Entries of the flattened table; several times faster than ``table[at]``."""
+    return table.flatten().index_select(0, at.flatten()).view(at.shape)
 
 
 def _own_keys(
     q: Tensor, k: Tensor, v: Tensor, listed: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of each tile ``[G, TILE, D]`` to itself, over its ``listed`` keys."""
+    """Causal attention of each tile ``[J, TILE, D]`` to itself, over its ``listed`` keys."""
     if listed is None or bool(listed.all()):
         return _fused(q, k, v, None, scale, is_causal=True)
     causal = torch.ones(TILE, TILE, dtype=torch.bool).tril()
     return _fused(q, k, v, causal & listed[:, None, :], scale)
-
-
-def _left_keys(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention of each tile ``[G, TILE, D]`` to gathered keys, the same for all its rows."""
-    chosen = positions.clamp(0, len(k) - 1).flatten()
-    k_left = k.index_select(0, chosen).view(*positions.shape, -1)
-    v_left = v.index_select(0, chosen).view(*positions.shape, -1)
-    return _fused(q, k_left, v_left, None if bool(valid.all()) else valid[:, None, :], scale)
 
 
 def _fused(
@@ -256,8 +277,8 @@ def _fused(
 ) -> tuple[Tensor, Tensor]:
     """Torch's fused CPU attention of a batch of tiles, with its log-sum-exp.
 
-    Shapes: ``q [G, TILE, D]``, ``k, v [G, W, D]``, ``mask [G, 1 or TILE, W]`` bool; returns
-    ``[G, TILE, D]`` and ``[G, TILE]``. Called by its operator name because the public function
+    Shapes: ``q [J, TILE, D]``, ``k, v [J, W, D]``, ``mask [J, 1 or TILE, W]`` bool; returns
+    ``[J, TILE, D]`` and ``[J, TILE]``. Called by its operator name because the public function
     keeps the log-sum-exp to itself.
     """
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001

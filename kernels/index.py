@@ -47,7 +47,7 @@ class BandIndex:
         """
         _check_lengths(n_q, n_k, self.n_k)
         device = self.tile_starts.device
-        banded = self._banded()
+        banded = self.banded()
         is_column = _membership(self.columns, n_k)
         i = torch.arange(n_k - n_q, n_k, device=device)
         j = torch.arange(n_k, device=device)
@@ -61,7 +61,7 @@ class BandIndex:
         """Number of visible pairs, int64 ``[B, H]``, without building the mask."""
         _check_lengths(n_q, self.n_k, self.n_k)
         device = self.tile_starts.device
-        banded = self._banded()
+        banded = self.banded()
         banded_below = torch.nn.functional.pad(banded.long().cumsum(-1), (1, 0))
         r0 = _first_rows(n_q, self.n_k, device)
         rows = (self.n_k - r0).clamp(max=TILE)
@@ -81,7 +81,7 @@ class BandIndex:
         """Visible over causal pairs, float64 ``[B, H]``, at most 1."""
         return self.visible_pairs(n_q).double() / causal_pairs(n_q, self.n_k)
 
-    def _banded(self) -> Tensor:
+    def banded(self) -> Tensor:
         """Whether a distance ``e`` lies in a stored tile: bool ``[B, H, n_k]``."""
         e = self.tile_starts.long()[..., None] + torch.arange(TILE, device=self.tile_starts.device)
         return _membership(e.flatten(-2), self.n_k)
