@@ -234,6 +234,30 @@ def test_the_methods_own_joules_are_judged_from_five_stored_runs_on(make_run):
     assert compare(stored, dearer).outcome is Outcome.INCONCLUSIVE
 
 
+def test_the_methods_own_joules_are_not_judged_across_an_allowed_mismatch(make_run):
+    stored = [run_of(make_run, 0.6, reference=100 + 0.1 * i) for i in range(5)]
+    other = run_of(make_run, 0.6, fingerprint={"dtype": "float16"})
+    found = compare(stored, other, allow_mismatch=["dtype"])
+    assert [c.judged for c in found.criteria] == [True, False]
+
+
+def test_every_judged_criterion_counts_in_the_error_rate_of_a_fail(make_run, monkeypatch):
+    counted = []
+
+    def level(criteria=1):
+        counted.append(criteria)
+        return decision_level(criteria)
+
+    monkeypatch.setattr(verdict, "decision_level", level)
+    stored = [run_of(make_run, 0.6, reference=100 + 0.1 * i) for i in range(5)]
+    worse = run_of(make_run, 0.7)
+    compare(stored[0], worse, quantities=("joules", "seconds"))
+    assert set(counted) == {1, 2}
+    counted.clear()
+    compare(stored, worse, quantities=("joules", "seconds"))
+    assert set(counted) == {1, 4}
+
+
 def test_joules_that_were_not_measured_decide_nothing(make_run):
     keys = ((8192, "dense"), (8192, "minference"))
     blind = make_run({k: [[None]] * 6 for k in keys}, seconds={k: [[1.0]] * 6 for k in keys})

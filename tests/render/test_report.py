@@ -190,6 +190,14 @@ def test_a_run_without_a_single_window_still_renders(make_run, surface):
     assert "not measured yet" in surface(run)
 
 
+def test_a_quick_run_is_marked(six_blocks):
+    plan = six_blocks.header.plan.model_copy(update={"quick": True})
+    header = six_blocks.header.model_copy(update={"plan": plan})
+    run = six_blocks.model_copy(update={"header": header})
+    assert doubts(run)[0].startswith("Quick run")
+    assert dict(facts(run))["Plan"].endswith(", quick")
+
+
 def test_a_cut_line_is_told(six_blocks):
     assert "cut short" in doubts(six_blocks.model_copy(update={"cut": True}))[0]
 
