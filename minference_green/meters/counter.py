@@ -15,7 +15,7 @@ import psutil
 from minference_green.meters import evidence
 from minference_green.meters.clock import MONOTONIC, Clock
 from minference_green.meters.device import Gpu
-from minference_green.meters.evidence import Edge
+from minference_green.meters.evidence import EDGES, Edge
 from minference_green.meters.faults import (
     CounterBackwardsError,
     CounterSlowError,
@@ -36,6 +36,12 @@ POLL_SECONDS = 0.001
 SHARP_SECONDS = 0.006
 """A move counts as seen if it happened within this of the time noted; a usual NVML call
 takes 3 ms, so a rare slow one (17 ms) makes the watcher wait for the next move."""
+
+BLUNT_SECONDS = 0.025
+"""On a busy host the watcher takes moves timed this badly, and the reading says so..."""
+
+HURRY_SECONDS = 1.0
+"""...once it has waited this long for better ones."""
 
 PATIENCE_SECONDS = 3.0
 """A counter that does not move for this long is stuck: known ones move every 20 to 100 ms."""
@@ -68,13 +74,13 @@ class EdgeWatcher:
         return joules
 
     def two_edges(self) -> tuple[Edge, Edge]:
-        """Block until the counter moved at least three times; the last two moves timed.
+        """Block until the counter moved at least three times; two later moves, well timed.
 
         The first move is let go: it may still show what was spent before the call.
         """
         begun = moved = self.clock.now()
         value, before, after = self.read(), begun, self.clock.now()
-        moves, seen = 0, list[Edge]()
+        moves, seen = 0, list[Edge]()  # all but the first
         sharp = False
         wake = after
         while True:
@@ -94,7 +100,7 @@ class EdgeWatcher:
             interval, was_sharp = edge.seconds - moved, sharp
             sharp = edge.half_width_seconds <= SHARP_SECONDS
             value, moved, moves = new, edge.seconds, moves + 1
-            if sharp and moves > 1:
+            if moves > 1:
                 seen.append(edge)
             if sharp and was_sharp:
                 # Follows a shorter interval at once and a longer one slowly.
@@ -102,11 +108,19 @@ class EdgeWatcher:
             elif not sharp and wake > was_after:
                 # It moved while slept through: shorter than thought.
                 self._shortest = (self._shortest or interval) / 2
-            if len(seen) == 2:
-                return seen[0], seen[1]
+            enough = SHARP_SECONDS if after - begun < HURRY_SECONDS else BLUNT_SECONDS
+            if len(best := _two_sharpest(seen, enough)) == 2:
+                return best[0], best[1]
             if after - begun > PATIENCE_SECONDS:
                 raise CounterSlowError(self.uuid, after - begun)
             wake = after if self._shortest is None else moved + ASLEEP_SHARE * self._shortest
+
+
+def _two_sharpest(edges: Sequence[Edge], within: float) -> list[Edge]:
+    """The two best timed of ``edges``, in order of time, fewer if not ``within`` seconds."""
+    usable = [e for e in edges if e.half_width_seconds <= within]
+    best = sorted(usable, key=lambda e: e.half_width_seconds)[:2]
+    return sorted(best, key=lambda e: e.seconds)
 
 
 def watch_all(watchers: Sequence[EdgeWatcher]) -> list[tuple[Edge, Edge]]:
@@ -214,6 +228,10 @@ class CounterMeter:
             raise ImplausiblePowerError(info.uuid, mean, low, 1.3 * high if high else None)
         check, disputed, missing = self._check(board, raw, joules)
         doubts = [f"no independent check: {missing}"] if missing else []
+        if (widest := max(raw[f"{e}_half_width_seconds"] for e in EDGES)) > SHARP_SECONDS:
+            doubts.append(
+                f"the host was busy: counter moves are timed to {widest * 1000:.0f} ms only"
+            )
         if self._allow_shared:
             doubts += shared_doubts(board.gpu)
         return Reading(

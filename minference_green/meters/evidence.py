@@ -24,6 +24,10 @@ TRAILING_SECONDS = 1.15
 """The same for a reading that trails by a second."""
 
 
+EDGES = ("before", "t0", "t1", "after")
+"""The moments a bracket hangs on, in order of time."""
+
+
 @dataclass(frozen=True)
 class Edge:
     """A moment at which a cumulative counter was seen at a value."""
@@ -39,7 +43,7 @@ def bracket(
 ) -> dict[str, float]:
     """The raw numbers of a bracketed reading, flat; ``unit`` is the counter's."""
     flat = {"start_seconds": start, "end_seconds": end}
-    for name, edge in (("before", before), ("t0", t0), ("t1", t1), ("after", after)):
+    for name, edge in zip(EDGES, (before, t0, t1, after), strict=True):
         flat[f"{name}_seconds"] = edge.seconds
         flat[f"{name}_{unit}"] = edge.value
         flat[f"{name}_half_width_seconds"] = edge.half_width_seconds

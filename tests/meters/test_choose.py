@@ -47,11 +47,19 @@ def measure(meters, seconds=1.0):
     return readings, end - start
 
 
+def confirm(reading, truth):
+    """The check agrees with the truth, or a host too busy to sample is named."""
+    if reading.check_joules is None:
+        assert "samples cover" in reading.reason
+    else:
+        assert reading.check_joules == pytest.approx(truth, rel=0.01)
+
+
 def test_a_simulated_gpu_in_real_time_is_read_and_checked(gpus_file):
     meters = open_meters(gpus_file({"watts": 300}), gpu_uuids=[])
     [reading], seconds = measure(meters)
     assert abs(reading.joules - 300 * seconds) <= reading.uncertainty_joules
-    assert reading.check_joules == pytest.approx(300 * seconds, rel=0.01)
+    confirm(reading, 300 * seconds)
     assert not reading.disputed
     assert "simulated" in reading.source
     assert "simulated" in meters[0].description
@@ -64,9 +72,12 @@ def test_gpus_with_and_without_a_counter_are_each_read_their_way(gpus_file):
     (counted, sampled), seconds = measure(meters)
     assert (counted.device, counted.obtained) == ("GPU-51a0-1", "counter")
     assert (sampled.device, sampled.obtained) == ("GPU-51a0-0", "sampled")
-    assert counted.joules == pytest.approx(100 * seconds, rel=0.05)
-    assert counted.check_joules == pytest.approx(100 * seconds, rel=0.05)
-    assert sampled.joules == pytest.approx(300 * seconds, rel=0.05)
+    assert abs(counted.joules - 100 * seconds) <= counted.uncertainty_joules
+    confirm(counted, 100 * seconds)
+    if sampled.joules is None:
+        assert "samples cover" in sampled.reason
+    else:
+        assert sampled.joules == pytest.approx(300 * seconds, rel=0.01)
 
 
 def test_a_gpu_that_answers_with_another_uuid_is_refused(gpus_file):

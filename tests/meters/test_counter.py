@@ -2,13 +2,15 @@
 
 import json
 import os
+import random
 import time
 
 import pytest
 
 from minference_green.meters import evidence
-from minference_green.meters.clock import MONOTONIC
+from minference_green.meters.clock import MONOTONIC, Clock
 from minference_green.meters.counter import CounterMeter, open_checked
+from minference_green.meters.evidence import EDGES
 from minference_green.meters.faults import (
     CounterBackwardsError,
     CounterSlowError,
@@ -116,6 +118,27 @@ def test_four_boards_in_real_time_each_get_their_own_edges():
     for gpu, reading in zip(gpus, readings, strict=True):
         # The host may be busy: what the reading itself vouches for is the claim.
         assert abs(reading.joules - gpu.truth(start, end)) <= reading.uncertainty_joules
+
+
+def busy_window(world, seed):
+    """A window on a host where a third of all sleeps return 40 ms late."""
+    late = random.Random(seed)
+    clock = world.time.clock
+    slow = Clock(clock.now, lambda s: clock.sleep(s + late.choice([0.0, 0.0, 0.04])))
+    gpu = world.gpu(counter=CounterSpec(call_seconds=0.0005, jitter_seconds=0.004))
+    gpu.clock = slow
+    [reading], start, end = world.window(CounterMeter({0: gpu}, None, clock=slow), [gpu], 2.0)
+    return reading, gpu.truth(start, end)
+
+
+def test_a_busy_host_widens_the_uncertainty_and_is_named(make_world):
+    """When others take the processor, moves are timed badly; then the reading says so."""
+    windows = [busy_window(make_world(), seed) for seed in range(20)]
+    for reading, truth in windows:
+        assert abs(reading.joules - truth) <= reading.uncertainty_joules
+    busy = [r for r, _ in windows if "host was busy" in r.reason]
+    assert len(busy) > 5
+    assert all(max(r.evidence[f"{e}_half_width_seconds"] for e in EDGES) > 0.006 for r in busy)
 
 
 def test_time_between_moves_is_slept_through_once_the_period_is_known(world):
