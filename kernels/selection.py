@@ -217,7 +217,9 @@ def _stack_heads(first: Tensor, second: Tensor) -> Tensor:
 def to_device(values: Sequence[int], device: torch.device) -> Tensor:
     """Int32 tensor of host numbers; from pinned memory, a copy that the host need not wait for."""
     host = torch.tensor(values, dtype=torch.int32)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def _check_counts(counts: Sequence[int], n_heads: int) -> None:
