@@ -83,7 +83,7 @@ _PUBLISHED_MIX = (
 """Budgets and shares of MInference's pattern file for Llama-3-8B-Instruct-262k."""
 
 _TINY_MIX = (
-    _Kind(0.46, 64, 256, "rare"),
+    _Kind(0.46, 64, 192, "rare"),
     _Kind(0.27, 30, 160, None),
     _Kind(0.15, 50, 160, "rare"),
     _Kind(0.09, 200, 100, "common", slash=False),
@@ -147,9 +147,10 @@ def tiny() -> Shape:
         eos_token_id=4095,
         tie_word_embeddings=False,
     )
+    wide = PlantedHead(AShape(n_init=16, n_local=512))
     local = PlantedHead(AShape(n_init=16, n_local=256))
     topic = PlantedHead(BlockSparse(top_k=8), offsets=(), by_topic=True)
-    special = {(0, 0): local, (1, 0): topic, (2, 0): topic, (2, 4): local}
+    special = {(0, 0): wide, (1, 0): topic, (2, 0): topic, (2, 4): local}
     return Shape(config, _mixed(config, _TINY_MIX, (200, 3000), special))
 
 

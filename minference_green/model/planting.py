@@ -1,28 +1,28 @@
 """How planted structure becomes weights: true projections, biases and RoPE, nothing else.
 
-Write ``f`` for a pair of rotary dimensions, turning by ``theta_f`` per token. The key bias is a
-constant ``w`` on the first half of every fast pair; a query bias of
-``a_f / w * (cos(o theta_f), -sin(o theta_f))`` on its two halves then gives key ``j`` the logit
-``sum_f a_f cos((i - j - o) theta_f)``, a peak at distance ``i - j = o``. Query biases are per
-head, so heads that share a key head have their own offsets. Amplitudes ``a_f`` follow a bell
-over ``log theta_f`` around a width ``W``: the peak falls off over about ``W`` tokens and its
-side ripple is lower than any top-k budget of ``W / LOCAL_SHARE`` offsets reaches, so that a
-budget fills with whole clusters instead of scattered offsets. Two peaks of one head (local
-decay at 0 and one slash) are equally high.
+Position: query and key biases make every head peak at its own distances; see ``peaks``. The key
+bias is the same for all heads of a group, query biases are per head.
 
-Content enters where position cannot: the embedding sets a few reserved dimensions (the first
-token, two marks, topics) that no layer writes, ``k_proj`` carries them to the slowest pairs,
-which hardly turn within the model's longest prompt, and a query bias there says how much a head
-cares. A large constant dimension keeps the residual's rms, and with it every planted logit,
-nearly the same through all layers. All other weights are random and small in queries and keys
-(noise), full-sized in values, outputs and MLP: what attention gathers is content, and missing
-some of it changes the logits.
+Content, where position cannot help: the embedding sets a few reserved dimensions (first token,
+two marks, topics) that no layer writes. ``k_proj`` carries them to the slowest rotary pairs,
+which hardly turn within the longest prompt, and a query bias there says how much a head cares.
+Marked keys lose the bias of position, so that they weigh the same from any distance. In a
+shape with topic heads, the first head averages the topics of a token's neighbours, and topic
+heads of later layers compare that mean: neighbours share it, so it comes in blocks.
 
-Limits: distances matter more than content in every head but the topic ones; each head has at
-most two peaks; columns are equally strong; the random language model predicts nothing.
+What attention gathers: values are random projections of the embedding's content, and each head
+adds the same mean square to the residual, in dimensions that values do not read. Missing some
+of it changes the logits in proportion. Queries and keys also carry a little random content
+(noise). A large constant dimension keeps the residual's rms, and with it every planted logit,
+nearly the same in all layers.
+
+Limits: distance matters more than content in all but topic heads; a head has at most two peaks
+and one strength of columns; layers hand nothing on to later values, so that errors add up but
+do not compound; the language is random and predicts nothing.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +31,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from minference_green.methods.patterns import AShape, VerticalSlash
+from minference_green.model.peaks import PEAK, SLOW_PAIRS, peak, query_bias
 from minference_green.model.planted import (
     MARK_EVERY,
     MARK_REMAINDER,
     Config,
+    Marks,
     PlantedHead,
     Shape,
 )
@@ -42,17 +44,16 @@ from minference_green.model.planted import (
 RECIPE = "planted-1"
 """Version of the weights; a change that moves any of them changes it."""
 
-LOCAL_SHARE = 0.3
-"""Width of a peak over the head's slash budget."""
-
-_SPREAD = 1.2  # of the bell over log theta: narrower rings, wider sharpens the tip
-_PEAK = 18.0  # logit of a peak above far keys: they are e^18 fewer than any prompt has tokens
-_SINK_SHARE = 0.3  # mass of the first token over the mass of all peaks
-_RARE_COLUMN = -1.0  # logit of a rare column over a peak's
+# Width of a peak over the head's budget of distances, and spread of the bell over log theta:
+# a narrow bell has a flat top, a wide one a sharp tip and less ripple far away.
+_SLASH_WIDTH, _SLASH_SPREAD = 0.3, 1.2
+_WINDOW_WIDTH, _WINDOW_SPREAD = 1.0, 0.8
+_FIRST_SHARE = 0.3  # mass of the first token over the mass of all peaks
 _COLUMN_PROMPT = 8192  # tokens of the prompt whose common columns weigh as much as local decay
-_TOPIC_GAIN = 3.0  # logit per unit of the two topics' inner product
-_TOPIC_SINK = 12.0
-_TOPIC_PARTICIPATION = 0.02
+_TOPIC_PREFERENCE = 5.0  # logit per unit of the topic a head looks for
+_TOPIC_GAIN = 0.7  # logit per unit of the two topics' inner product
+_TOPIC_SINK = 14.0
+_TOPIC_PARTICIPATION = 0.008  # as found at 8,192 tokens
 
 _KEY_BIAS = 6.0  # per fast pair, so that query biases are of the same size
 _KEY_MARK = 12.0  # of a marked key on its slow pair
@@ -77,7 +78,6 @@ _MARK_DIM = {"common": _COMMON, "rare": _RARE}
 _FIRST_PAIR = 1
 _MARK_PAIR = {"common": 2, "rare": 3}
 _TOPIC_PAIRS = (4, 5)
-_SLOW_PAIRS = 5
 
 
 def plant(shape: Shape, *, device: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:
@@ -157,10 +157,10 @@ def _embedding(weight: Tensor, shape: Shape, draw: torch.Generator) -> None:
 
 
 def _layer(layer: Any, shape: Shape, number: int, draw: torch.Generator) -> None:
-    config, heads = shape.config, shape.heads[number]
+    config = shape.config
     attention, mlp = layer.self_attn, layer.mlp
     seen = _before(number, config)
-    profiles = [_profile(head, config) for head in heads]
+    heads = [_head(head, config) for head in shape.heads[number]]
     nn.init.ones_(layer.input_layernorm.weight)
     nn.init.ones_(layer.post_attention_layernorm.weight)
 
@@ -168,12 +168,12 @@ def _layer(layer: Any, shape: Shape, number: int, draw: torch.Generator) -> None
     _read(attention.k_proj, _NOISE, seen, draw)
     _read(attention.v_proj, 1.0, seen, draw)
     _plant_keys(attention.k_proj, shape, seen)
-    _plant_queries(attention.q_proj, heads, profiles, shape, seen)
+    _plant_queries(attention.q_proj, heads, shape, seen)
     # Every head adds the same mean square, however widely it spreads its attention.
     each = _FROM_ATTENTION / config.num_hidden_layers / len(heads)
-    _write(attention.o_proj, [each / profile.participation for profile in profiles], seen, draw)
+    _write(attention.o_proj, [each / head.participation for head in heads], seen, draw)
     if number == 0 and _has_topics(shape):
-        _plant_topic_means(attention, profiles[0], config, seen)
+        _plant_topic_means(attention, heads[0], _head_dim(config), seen)
 
     _read(mlp.gate_proj, 1.0, seen, draw, also_written=True)
     _read(mlp.up_proj, 1.0, seen, draw, also_written=True)
@@ -214,13 +214,13 @@ def _plant_keys(k_proj: Any, shape: Shape, seen: _Residual) -> None:
     pairs = _head_dim(config) // 2
     weight = k_proj.weight.view(config.num_key_value_heads, 2, pairs, -1)
     bias = k_proj.bias.view(config.num_key_value_heads, 2, pairs)
-    weight[:, :, pairs - _SLOW_PAIRS :] = 0
-    bias[:, 0, : pairs - _SLOW_PAIRS] = _KEY_BIAS
+    weight[:, :, pairs - SLOW_PAIRS :] = 0
+    bias[:, 0, : pairs - SLOW_PAIRS] = _KEY_BIAS
     # Marked keys are at no distance: without the ripple of far peaks they weigh as planned.
     # The first token has no content and attends to itself alone: its rms stays 1.
-    weight[:, 0, : pairs - _SLOW_PAIRS, _FIRST] = -_KEY_BIAS / _MARK
+    weight[:, 0, : pairs - SLOW_PAIRS, _FIRST] = -_KEY_BIAS / _MARK
     weight[:, 0, pairs - _FIRST_PAIR, _FIRST] = _KEY_MARK / _MARK
-    weight[:, 0, : pairs - _SLOW_PAIRS, _COMMON] = -_KEY_BIAS / _MARK * seen.rms
+    weight[:, 0, : pairs - SLOW_PAIRS, _COMMON] = -_KEY_BIAS / _MARK * seen.rms
     for marks, pair in _MARK_PAIR.items():
         weight[:, 0, pairs - pair, _MARK_DIM[marks]] = _KEY_MARK / _MARK * seen.rms
     if _has_topics(shape):
@@ -228,126 +228,95 @@ def _plant_keys(k_proj: Any, shape: Shape, seen: _Residual) -> None:
             weight[:, half, pair, dim] = seen.rms
 
 
-def _plant_queries(
-    q_proj: Any,
-    heads: tuple[PlantedHead, ...],
-    profiles: list["_Profile"],
-    shape: Shape,
-    seen: _Residual,
-) -> None:
-    config = shape.config
-    head_dim = _head_dim(config)
-    pairs, unit = head_dim // 2, math.sqrt(head_dim)
+def _plant_queries(q_proj: Any, heads: list["_Head"], shape: Shape, seen: _Residual) -> None:
+    """Per head: where its peaks are, and how much it cares for marks and topics."""
+    pairs = _head_dim(shape.config) // 2
     weight = q_proj.weight.view(len(heads), 2, pairs, -1)
-    bias = q_proj.bias.view(len(heads), 2, pairs)
-    for number, (head, profile) in enumerate(zip(heads, profiles, strict=True)):
-        weight[number, :, pairs - _SLOW_PAIRS :] = 0
-        bias[number] = profile.query_bias.to(bias.device, bias.dtype)
-        bias[number, 0, pairs - _FIRST_PAIR] = profile.first_logit * unit / _KEY_MARK
-        if head.columns is not None:
-            pair = pairs - _MARK_PAIR[head.columns]
-            bias[number, 0, pair] = profile.column_logit * unit / _KEY_MARK
+    weight[:, :, pairs - SLOW_PAIRS :] = 0
+    bias = torch.zeros(len(heads), 2, pairs, dtype=torch.float64)
+    for number, head in enumerate(heads):
+        bias[number] = head.peaks
+        bias[number, 0, pairs - _FIRST_PAIR] = head.first / _KEY_MARK
+        for marks, logit in head.columns.items():
+            bias[number, 0, pairs - _MARK_PAIR[marks]] = logit / _KEY_MARK
         if head.by_topic:
             for half, pair, dim in _topic_slots(pairs):
-                weight[number, half, pair, dim] = _TOPIC_GAIN * unit * seen.rms
+                weight[number, half, pair, dim] = _TOPIC_GAIN * seen.rms
+            half, pair, _ = _topic_slots(pairs)[0]
+            bias[number, half, pair] = _TOPIC_PREFERENCE
+    # Logits are divided by the square root of the head's width.
+    bias *= math.sqrt(2 * pairs)
+    weight[:, :, pairs - SLOW_PAIRS :] *= math.sqrt(2 * pairs)
+    q_proj.bias.copy_(bias.flatten())
 
 
-def _plant_topic_means(
-    attention: Any, profile: "_Profile", config: Config, seen: _Residual
-) -> None:
+def _plant_topic_means(attention: Any, first: "_Head", head_dim: int, seen: _Residual) -> None:
     """The first head of layer 0 gathers its neighbours' topics and writes their mean."""
-    head_dim = _head_dim(config)
     n_topics = _TOPICS.stop - _TOPICS.start
     values = slice(head_dim - n_topics, head_dim)
     eye = torch.eye(n_topics, device=attention.v_proj.weight.device)
     attention.v_proj.weight[values] = 0
     attention.v_proj.weight[values, _TOPICS] = eye * seen.rms
-    attention.o_proj.weight[_TOPIC_MEANS, values] = eye / math.sqrt(profile.participation)
+    attention.o_proj.weight[_TOPIC_MEANS, values] = eye / math.sqrt(first.participation)
 
 
 @dataclass(frozen=True)
-class _Profile:
-    """One head's planted logits, as numbers to write into its query bias."""
+class _Head:
+    """A planted head in numbers: logits, before the division by the root of the width."""
 
-    query_bias: Tensor
-    """Fast pairs' bias ``[2, pairs]``."""
-    first_logit: float
-    column_logit: float
+    peaks: Tensor
+    """Query bias of its peaks, ``[2, pairs]``."""
+    first: float
+    columns: Mapping[Marks, float]
+    by_topic: bool
     participation: float
-    """Expected sum of squared attention weights of a row far into the prompt."""
+    """Expected sum of squared attention weights of a row, the first token's left out."""
 
 
-def _profile(head: PlantedHead, config: Config) -> _Profile:
+def _head(head: PlantedHead, config: Config) -> _Head:
     head_dim = _head_dim(config)
-    pairs = head_dim // 2
     if head.by_topic:
-        return _Profile(torch.zeros(2, pairs), _TOPIC_SINK, 0.0, _TOPIC_PARTICIPATION)
-    width = LOCAL_SHARE * _slash_budget(head)
-    theta = _theta(config)
-    amplitude = _bell(theta, width)
-    near = torch.arange(math.ceil(8 * width))
-    decay = torch.exp(_PEAK * (_kernel(theta, amplitude, near) / amplitude.sum() - 1))
+        return _Head(
+            peaks=torch.zeros(2, head_dim // 2),
+            first=_TOPIC_SINK,
+            columns={},
+            by_topic=True,
+            participation=_TOPIC_PARTICIPATION,
+        )
+    rope: Any = config.rope_parameters
+    shape = peak(rope["rope_theta"], head_dim, *_width_and_spread(head))
     # A peak inside the prompt has two flanks, local decay has one.
     flanks = 2 * len(head.offsets) - 1
-    peaks, squares = flanks * float(decay.sum()), flanks * float(decay.square().sum())
-    mass, column = (1 + _SINK_SHARE) * peaks, 0.0
-    if head.columns == "common":
-        n_columns = _COLUMN_PROMPT / MARK_EVERY["common"]
-        column = math.log(peaks / n_columns)
-        mass, squares = mass + peaks, squares + peaks**2 / n_columns
-    elif head.columns == "rare":
-        column = _RARE_COLUMN
-    return _Profile(
-        query_bias=_query_bias(theta, amplitude, head.offsets, head_dim),
-        first_logit=_PEAK + math.log(_SINK_SHARE * peaks),
-        column_logit=_PEAK + column,
+    peaks, squares = flanks * shape.mass, flanks * shape.squares
+    mass = (1 + _FIRST_SHARE) * peaks
+    columns: dict[Marks, float] = {}
+    if head.columns == "rare":
+        # From all rows as high as a peak is from one: no recent key outranks it.
+        columns["rare"] = PEAK
+    elif head.columns == "common":
+        number = _COLUMN_PROMPT / MARK_EVERY["common"]
+        columns["common"] = PEAK + math.log(peaks / number)
+        mass, squares = mass + peaks, squares + peaks**2 / number
+    return _Head(
+        peaks=query_bias(shape, head.offsets, key_bias=_KEY_BIAS),
+        first=PEAK + math.log(_FIRST_SHARE * peaks),
+        columns=columns,
+        by_topic=False,
         participation=squares / mass**2,
     )
 
 
-def _query_bias(
-    theta: Tensor, amplitude: Tensor, offsets: tuple[int, ...], head_dim: int
-) -> Tensor:
-    """Bias ``[2, pairs]`` that peaks at every offset, each at the logit ``_PEAK``."""
-    distance = torch.tensor(offsets)
-    # Every peak stands on the other's ripple; with two of them the sum is the same at both.
-    height = _kernel(theta, amplitude, distance - distance[0]).sum()
-    turned = (distance[:, None] * theta).double()
-    waves = torch.stack([turned.cos().sum(0), -turned.sin().sum(0)])
-    return waves * amplitude * (_PEAK / height * math.sqrt(head_dim) / _KEY_BIAS)
-
-
-def _bell(theta: Tensor, width: float) -> Tensor:
-    """Amplitude of every pair: a bell over the logarithm of wavelength, none on slow pairs."""
-    amplitude = torch.exp(-(torch.log(theta * width) ** 2) / (2 * _SPREAD**2))
-    # A pair that hardly turns within the peak's reach would only lift the background.
-    amplitude[theta * width < 1 / 30] = 0
-    amplitude[-_SLOW_PAIRS:] = 0
-    return amplitude
-
-
-def _kernel(theta: Tensor, amplitude: Tensor, distance: Tensor) -> Tensor:
-    """``sum_f a_f cos(distance theta_f)`` for every distance."""
-    return (distance[:, None] * theta).cos() @ amplitude
-
-
-def _theta(config: Config) -> Tensor:
-    head_dim = _head_dim(config)
-    rope: Any = config.rope_parameters
-    return float(rope["rope_theta"]) ** (
-        -torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    )
+def _width_and_spread(head: PlantedHead) -> tuple[float, float]:
+    match head.pattern:
+        case VerticalSlash(slash_size=size):
+            return _SLASH_WIDTH * size, _SLASH_SPREAD
+        case AShape(n_local=size):
+            return _WINDOW_WIDTH * size, _WINDOW_SPREAD
+    raise ValueError(f"{head.pattern} has no distances to peak at; plant it by topic")
 
 
 def _head_dim(config: Config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _slash_budget(head: PlantedHead) -> int:
-    match head.pattern:
-        case VerticalSlash(slash_size=size) | AShape(n_local=size):
-            return size
-    raise ValueError(f"{head.pattern} has no local decay; plant it by topic")
 
 
 def _has_topics(shape: Shape) -> bool:
