@@ -20,8 +20,8 @@ FORCED_OFFSETS = 100
 LEAST_OFFSETS = 50
 """The least number of slashes (MInference)."""
 
-_SLAB = 2**24
-"""Scores of block pairs held at once: 64 MiB of them, 128 MiB of their sort keys."""
+_SLAB = 2**25
+"""Scores of block pairs held at once: 128 MiB of them, 256 MiB of their sort keys."""
 
 _LOW = 2**31 - 1
 _UNREACHABLE = -(2**63)
