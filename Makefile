@@ -28,8 +28,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 bench: $(READY)
 	$(PY) -m minference_green.cli.app run $(ARGS)
 
+# GPU tests share the device: make test ARGS="-m gpu -n 0".
 test: $(READY)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -212,6 +213,7 @@ def serve(channel: Channel, task: Task, device: torch.device) -> None:
     methods = _methods(task, model)
     loaded = time.monotonic()
     channel.ask("loaded", **_identity(model, methods), seconds=loaded - began)
+    _note_dense_layers(channel, task, model)
     cells = _prepare(channel, task, model, methods)
     synchronize(device)
     channel.ask(
@@ -221,14 +223,13 @@ def serve(channel: Channel, task: Task, device: torch.device) -> None:
         _observe(channel, task, length, _arms(cells, length, methods))
     _idle(channel, task, "before", device)
     for length in task.workload.context_lengths:
-        arms = [name for name in task.methods if (length, name) in cells]
-        if arms:
-            settle_seconds = (
-                task.warmup_seconds if length == task.workload.context_lengths[0] else 0.0
-            )
-            _settle(channel, {name: cells[length, name] for name in arms}, settle_seconds)
-            _measure(channel, task, length, {name: cells[length, name] for name in arms})
-            _free(device)
+        arms = _arms(cells, length, methods)
+        if not arms:
+            continue
+        if length == task.workload.context_lengths[0]:
+            _settle(channel, arms, task.warmup_seconds)
+        _measure(channel, task, length, arms)
+        _free(device)
     _idle(channel, task, "after", device)
 
 
@@ -259,6 +260,17 @@ def _identity(model: LoadedModel, methods: dict[str, PrefillMethod]) -> dict[str
         "parameters": model.parameters,
         "methods": [{"name": m.name, "parameters": dict(m.parameters)} for m in methods.values()],
     }
+
+
+def _note_dense_layers(channel: Channel, task: Task, model: LoadedModel) -> None:
+    """Say which layers no method reaches; once a run."""
+    if task.block > 0:
+        return
+    with switched(model.model, Dense(), dense=Dense()) as state:
+        own = Counter(state.dense_layers.values())
+    for reason, layers in own.items():
+        note = Note(message=f"{layers} layers run dense in every arm: {reason}")
+        channel.ask("record", record=note.model_dump(mode="json"))
 
 
 def _prepare(

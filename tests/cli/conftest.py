@@ -13,26 +13,13 @@ SMALL = (
     "--blocks", "2", "--device", "cpu",
 )  # fmt: skip
 
-MINE = '''
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+UNLUCKY = '''
 import os, signal
-import torch
-import torch.nn.functional as F
 
 
-class LocalOnly:
-    name = "local"
-
-    def __init__(self, n_local: int = 64):
-        self.parameters = {"n_local": n_local}
-
-    def attend(self, q, k, v, *, scale, layer):
-        i = torch.arange(q.shape[2], device=q.device)
-        near = i[:, None] - i < self.parameters["n_local"]
-        mask = (i[:, None] >= i) & near
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
-
-
-class Greedy(LocalOnly):
+class Greedy(Local):
     """Does not fit above 300 tokens."""
 
     name = "greedy"
@@ -43,7 +30,7 @@ class Greedy(LocalOnly):
         return super().attend(q, k, v, scale=scale, layer=layer)
 
 
-class Killed(LocalOnly):
+class Killed(Local):
     """Ends as a process does that the system kills for its memory."""
 
     name = "killed"
@@ -52,7 +39,7 @@ class Killed(LocalOnly):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Broken(LocalOnly):
+class Broken(Local):
     name = "broken"
 
     def attend(self, q, k, v, *, scale, layer):
@@ -67,9 +54,10 @@ GreenBench = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory that holds a user's own methods."""
+    """A working directory that holds a user's own methods, the README's among them."""
     directory = tmp_path_factory.mktemp("work")
-    (directory / "mine.py").write_text(MINE)
+    from_readme = README.read_text().split("```python\n")[1].split("```")[0]
+    (directory / "mine.py").write_text(from_readme + UNLUCKY)
     return directory
 
 

@@ -198,13 +198,14 @@ def test_a_method_of_the_users_own_is_measured(
     green_bench: GreenBench, small: tuple[str, ...], tmp_path: Path
 ) -> None:
     done = green_bench(
-        "run", *small, "--blocks", "1", "--methods", "dense,mine:LocalOnly",
-        "--method-option", "mine:LocalOnly.n_local=32", "--output", tmp_path,
+        "run", *small, "--blocks", "1", "--methods", "dense,mine:Local",
+        "--method-option", "mine:Local.window=32", "--output", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     run = load(only_run(tmp_path))
-    assert run.header.methods[1].parameters == {"n_local": 32}
-    own = next(o for o in run.of(Observation) if o.method == run.header.methods[1].name)
+    assert run.header.methods[1].parameters == {"window": 32}
+    assert [w.method for w in run.windows] == ["dense", "local", "local", "dense"]
+    own = next(o for o in run.of(Observation) if o.method == "local")
     assert own.density is None
     assert own.density_reason
     assert own.logits_relative_error is not None
@@ -254,7 +255,8 @@ def test_a_worker_the_system_kills_costs_its_cell_and_no_more(
         (["--device", "cuda"], 2, "cuda"),
         (["--device", "toaster"], 2, "toaster"),
         (["--meter", "toaster"], 2, "toaster"),
-        (["--meter", "nvml"], 5, "NVML"),
+        (["--meter", "nvml"], 2, "nvml"),
+        (["--meter", "simulated:none.json"], 2, "none.json"),
     ],
 )
 def test_what_only_the_worker_can_refuse_ends_in_one_sentence_and_leaves_nothing(
@@ -298,7 +300,7 @@ def test_the_simulated_meter_is_named_wherever_its_joules_are(
     green_bench: GreenBench, small: tuple[str, ...], tmp_path: Path
 ) -> None:
     spec = tmp_path / "gpu.json"
-    spec.write_text(json.dumps({"trace": [[0.0, 300.0]]}))
+    spec.write_text(json.dumps({"gpus": [{"watts": 300, "name": "simulated GPU"}]}))
     done = green_bench(
         "run", *small, "--blocks", "1", "--window", "1s", "--meter", f"simulated:{spec}",
         "--output", tmp_path / "out",
