@@ -100,6 +100,8 @@ def _parameters(source: str, patterns: Patterns) -> dict[str, Any]:
 def _user_method(name: str, options: Mapping[str, str]) -> PrefillMethod:
     """Import ``module:NAME``; a class is made with the options, an object is taken as it is."""
     module_name, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+        raise UsageError(f"{name!r} does not name a method; write package.module:NAME")
     if sys.path[:1] != [here := str(Path.cwd())]:
         sys.path.insert(0, here)
     try:

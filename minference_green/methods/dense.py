@@ -32,8 +32,8 @@ BACKENDS = {
 
 _CPU_BACKENDS = ("flash", "math")
 
-_REFUSAL = "No available kernel"
-"""How PyTorch says that the one backend it may use does not take the inputs."""
+_REFUSALS = ("No available kernel", "No viable backend")
+"""How PyTorch says, on CUDA and elsewhere, that the one backend allowed takes no such inputs."""
 
 _MOST_CALLS = 9
 _MEASURED_SECONDS = 0.5
@@ -81,7 +81,7 @@ class Dense:
             with sdpa_kernel(BACKENDS[self.backend]):
                 return _prefill(q, k, v, scale)
         except RuntimeError as error:
-            if _REFUSAL not in str(error):
+            if not str(error).startswith(_REFUSALS):
                 raise
             raise UsageError(
                 f"the dense backend {self.backend} refuses q {list(q.shape)} and k "
