@@ -192,7 +192,7 @@ def _mask(
             f"the cache holds {kv_offset + kv_length} positions for a sequence of "
             f"{int(q_offset) + q_length} tokens, as a static cache does; use DynamicCache"
         )
-    if allow_is_causal_skip and (local_size is None or kv_offset + kv_length < local_size):
+    if allow_is_causal_skip and (local_size is None or kv_offset + kv_length <= local_size):
         return None
     mask: Tensor | None = sdpa_mask(
         q_length=q_length,
