@@ -35,9 +35,7 @@ def top_positions(scores: Tensor, counts: Sequence[int], forced: int) -> Tensor:
     ``[B, H, min(max(counts), N)]``, padded with ``NONE``. Raises ``ValueError`` on another
     dtype or number of counts.
     """
-    if scores.dtype != torch.float32:
-        raise ValueError(f"scores must be float32, got {scores.dtype}")
-    _check_counts(counts, scores.shape[1])
+    check_scores(scores, counts)
     keys = _sort_keys(scores)
     keys[..., :forced] = (keys[..., :forced] & _LOW) | (_LOW << 32)
     return _positions(_largest(keys, counts)).sort(-1).values
@@ -51,6 +49,7 @@ def band_index(
     slash_sizes: Sequence[int],
     *,
     cut_tiles: Callable[[Tensor], Tensor],
+    choose: Callable[[Tensor, Sequence[int], int], Tensor] = top_positions,
 ) -> BandIndex:
     """MInference's vertical-slash choice: each head's best columns and best slashes.
 
@@ -58,15 +57,16 @@ def band_index(
     and ``min(N, max(slash_size, 50))`` slashes, the first 100 before any other.
 
     Shapes: ``columns`` and ``slashes [B, H, N]`` fp32, ``heads [H]`` int32 query heads, one
-    size per head. ``cut_tiles`` turns ascending slashes into tile starts on their device.
+    size per head. ``cut_tiles`` turns ascending slashes into tile starts on their device, and
+    ``choose`` is the device's fastest :func:`top_positions`.
     Raises ``ValueError`` if sizes and heads differ in number.
     """
     verticals = [max(size, FORCED_COLUMNS) for size in vertical_sizes]
     offsets = [max(size, LEAST_OFFSETS) for size in slash_sizes]
     return BandIndex(
         heads=heads,
-        tile_starts=cut_tiles(top_positions(slashes, offsets, FORCED_OFFSETS)),
-        columns=top_positions(columns, verticals, FORCED_COLUMNS),
+        tile_starts=cut_tiles(choose(slashes, offsets, FORCED_OFFSETS)),
+        columns=choose(columns, verticals, FORCED_COLUMNS),
         n_k=columns.shape[2],
     )
 
@@ -220,6 +220,15 @@ def to_device(values: Sequence[int], device: torch.device) -> Tensor:
     if device.type == "cuda":
         host = host.pin_memory()
     return host.to(device, non_blocking=True)
+
+
+def check_scores(scores: Tensor, counts: Sequence[int]) -> None:
+    """Refuse scores that are not fp32 ``[B, H, N]`` or counts that are not one per head."""
+    if scores.dtype != torch.float32 or scores.ndim != 3:
+        raise ValueError(
+            f"scores must be float32 [B, H, N], got {scores.dtype} {tuple(scores.shape)}"
+        )
+    _check_counts(counts, scores.shape[1])
 
 
 def _check_counts(counts: Sequence[int], n_heads: int) -> None:

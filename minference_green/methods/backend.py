@@ -1,7 +1,7 @@
 """The one place that chooses between the Triton kernels and the CPU path."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from minference_green.errors import UsageError
-from minference_green.kernels import cpu
+from minference_green.kernels import cpu, selection
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The five kernels a sparse method is made of; the same signatures on every device."""
+    """The kernels a sparse method is made of; the same signatures on every device."""
 
     last_rows_scores: Callable[..., tuple[Tensor, Tensor]]
     block_means: Callable[[Tensor], Tensor]
+    top_positions: Callable[[Tensor, Sequence[int], int], Tensor]
     cut_tiles: Callable[[Tensor], Tensor]
     band_attention: Callable[..., Any]
     block_attention: Callable[..., Any]
@@ -33,6 +34,7 @@ def kernels_for(device: torch.device) -> Kernels:
             return Kernels(
                 last_rows_scores=cpu.last_rows_scores,
                 block_means=cpu.block_means,
+                top_positions=selection.top_positions,
                 cut_tiles=cpu.cut_tiles,
                 band_attention=cpu.band_attention,
                 block_attention=cpu.block_attention,
@@ -49,11 +51,12 @@ def _triton_kernels() -> Kernels:
             "sparse prefill on a GPU needs Triton, which is not installed; "
             "install it with: pip install triton"
         )
-    from minference_green.kernels import block_sparse, cut, estimate, vertical_slash
+    from minference_green.kernels import block_sparse, cut, estimate, top, vertical_slash
 
     return Kernels(
         last_rows_scores=estimate.last_rows_scores,
         block_means=estimate.block_means,
+        top_positions=top.top_positions,
         cut_tiles=cut.cut_tiles,
         band_attention=vertical_slash.band_attention,
         block_attention=block_sparse.block_attention,
