@@ -19,7 +19,13 @@ import minference_green
 from minference_green import fingerprint
 from minference_green.carbon import terms
 from minference_green.channel import Message, WorkerProcess
-from minference_green.errors import ExitCode, GreenBenchError, MeasurementError, UsageError
+from minference_green.errors import (
+    ExitCode,
+    GreenBenchError,
+    MeasurementError,
+    NotComparableError,
+    UsageError,
+)
 from minference_green.meters.choose import open_meters
 from minference_green.meters.meter import Meter
 from minference_green.results import (
@@ -29,6 +35,7 @@ from minference_green.results import (
     Device,
     DeviceState,
     Event,
+    Extension,
     Fingerprint,
     Header,
     Idle,
@@ -39,6 +46,7 @@ from minference_green.results import (
     Reading,
     Record,
     Run,
+    Seal,
     Setup,
     Skip,
     Window,
@@ -147,12 +155,6 @@ class InterruptedRunError(GreenBenchError):
         self.has_windows = has_windows
 
 
-class NotResumableError(GreenBenchError):
-    """The machine, model or code is not what the run began with."""
-
-    exit_code = ExitCode.NOT_COMPARABLE
-
-
 def run(request: Request, output: Path, progress: Progress) -> Path:
     """Measure ``request`` into a new directory under ``output``; returns that directory.
 
@@ -172,7 +174,25 @@ def run(request: Request, output: Path, progress: Progress) -> Path:
 
 
 def resume(directory: Path, progress: Progress) -> Path:
-    """Go on with an unfinished run until it has all its blocks; returns ``directory``."""
+    """Go on with an unfinished run until it has all its blocks; returns ``directory``.
+
+    Raises as :func:`run` does, and ``NotComparableError`` where machine, model or code are not
+    what the run began with.
+    """
+    _continue(directory, progress, None)
+    return directory
+
+
+def extend(directory: Path, blocks: int, reason: str, progress: Progress) -> Path:
+    """Give a run more blocks, ``blocks`` in all; ``reason`` goes into its file.
+
+    Raises as :func:`resume` does, and ``UsageError`` if the run already plans more.
+    """
+    _continue(directory, progress, (blocks, reason))
+    return directory
+
+
+def _continue(directory: Path, progress: Progress, extension: tuple[int, str] | None) -> None:
     if not (directory / FILE_NAME).is_file():
         raise UsageError(
             f"there is no run at {directory}; give the ID and the --output of an interrupted run"
@@ -180,8 +200,10 @@ def resume(directory: Path, progress: Progress) -> Path:
     with Journal(directory) as journal:
         so_far = load(directory)
         request = Request.model_validate(so_far.header.request)
-        _Experiment(request, directory, journal, so_far, progress).run()
-    return directory
+        experiment = _Experiment(request, directory, journal, so_far, progress)
+        if extension:
+            experiment.extend(*extension)
+        experiment.run()
 
 
 def _remove_if_empty(directory: Path) -> None:
@@ -208,6 +230,7 @@ class _Experiment:
         self.directory = directory
         self.journal = journal
         self.header = so_far.header if so_far else None
+        self.blocks_planned = so_far.blocks_planned if so_far else 0
         self.events: list[Event] = list(so_far.events) if so_far else []
         self.progress = progress
         self.meters: list[Meter] = []
@@ -218,6 +241,8 @@ class _Experiment:
             with _terminate_as_interrupt():
                 while self.blocks_missing != 0:
                     self._run_block()
+            if not (self.events and isinstance(self.events[-1], Seal)):
+                self.events.append(self.journal.seal())
         except KeyboardInterrupt:
             has_windows = any(isinstance(e, Window) for e in self.events)
             raise InterruptedRunError(self.directory, has_windows) from None
@@ -225,12 +250,23 @@ class _Experiment:
             for meter in self.meters:
                 meter.close()
 
+    def extend(self, blocks: int, reason: str) -> None:
+        """Plan ``blocks`` in all from here on."""
+        if blocks < self.blocks_planned:
+            raise UsageError(
+                f"run {self.directory.name} already plans {self.blocks_planned} blocks; "
+                f"it cannot be extended to {blocks}"
+            )
+        if blocks > self.blocks_planned:
+            self.record(Extension(blocks=blocks, created_at=_now(), reason=reason))
+            self.blocks_planned = blocks
+
     @property
     def blocks_missing(self) -> int | None:
         """Blocks still to measure; unknown until the first worker has named its device."""
         if self.header is None:
             return None
-        return max(0, self.header.plan.blocks - self.blocks_done)
+        return max(0, self.blocks_planned - self.blocks_done)
 
     @property
     def blocks_done(self) -> int:
@@ -275,7 +311,8 @@ class _Experiment:
         else:
             workload, plan = self.header.workload, self.header.plan
         windows = 2 * len(workload.context_lengths) * len(request.methods)
-        self.progress.block(block + 1, plan.blocks, windows, plan.window_seconds)
+        planned = plan.blocks if self.header is None else self.blocks_planned
+        self.progress.block(block + 1, planned, windows, plan.window_seconds)
         return {
             "block": block,
             "workload": asdict(workload),
@@ -320,8 +357,9 @@ class _Experiment:
                 request=self.request.model_dump(mode="json"),
             )
             self.journal.append(self.header)
+            self.blocks_planned = plan.blocks
         elif changed := _changes(self.header.fingerprint, found):
-            raise NotResumableError(
+            raise NotComparableError(
                 f"run {self.header.run_id} cannot go on here: {'; '.join(changed)}. "
                 "Start a new run, or return to what was."
             )
@@ -430,6 +468,7 @@ class _Conversation:
 
     def _end(self, message: Message) -> tuple[Reading, ...]:
         start, end = message["start"], message["end"]
+        # In the list's order, the host last: a GPU's edges must lie as near the work as can be.
         return tuple(r for m in self.experiment.meters for r in m.end(start, end))
 
     def _state(self) -> tuple[DeviceState, ...]:
@@ -465,6 +504,7 @@ class _Conversation:
             start_seconds=message["start"],
             end_seconds=message["end"],
             device_seconds=message["device_seconds"],
+            peak_memory_bytes=message["peak_memory_bytes"],
             started_at=(now - timedelta(seconds=seconds)).isoformat(timespec="seconds"),
             readings=readings,
             before=self.before,

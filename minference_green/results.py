@@ -7,6 +7,7 @@ could not be measured.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from minference_green.errors import MeasurementError, UsageError
+from minference_green.errors import MeasurementError, NotComparableError, UsageError
 from minference_green.workload import Workload
 
 SCHEMA = "1.0"
@@ -23,8 +24,9 @@ SCHEMA = "1.0"
 
 FILE_NAME = "run.jsonl"
 
-Obtained = Literal["counter", "sampled", "modelled", "replayed"]
-"""How joules were obtained; the word stands on every surface that shows them."""
+Obtained = Literal["counter", "sampled", "modelled", "replayed", "simulated"]
+"""How joules were obtained; the word stands on every surface that shows them. ``simulated``
+comes from no device at all."""
 
 
 class Record(BaseModel):
@@ -234,6 +236,8 @@ class Window(Record):
     readings: tuple[Reading, ...]
     before: tuple[DeviceState, ...] = ()
     after: tuple[DeviceState, ...] = ()
+    peak_memory_bytes: int | None = None
+    """Most device memory allocated during the window, weights included; null on a CPU."""
     valid: bool = True
     reasons: tuple[str, ...] = ()
     """Why it is invalid, or marked."""
@@ -291,8 +295,39 @@ class BlockDone(Record):
     block: int
 
 
+class Extension(Record):
+    """The run was given more blocks after it had begun, and why."""
+
+    event: Literal["extension"] = "extension"
+    blocks: int
+    """Planned from here on, those already measured included."""
+    created_at: str
+    reason: str
+
+
+class Seal(Record):
+    """Digest of all bytes of the file before this line; written when a run has its blocks.
+
+    It finds damage and careless edits, not a forger: it has no key. A run that is given more
+    blocks keeps its earlier seals, which stay checkable.
+    """
+
+    event: Literal["seal"] = "seal"
+    sha256: str
+
+
 Event = Annotated[
-    Header | Setup | Backends | Observation | Window | Idle | Skip | Note | BlockDone,
+    Header
+    | Setup
+    | Backends
+    | Observation
+    | Window
+    | Idle
+    | Skip
+    | Note
+    | BlockDone
+    | Extension
+    | Seal,
     Field(discriminator="event"),
 ]
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
@@ -321,9 +356,26 @@ class Run(Record):
         return frozenset(e.block for e in self.of(BlockDone))
 
     @property
+    def blocks_planned(self) -> int:
+        """Blocks planned at the start, or by the last extension."""
+        return next(
+            (e.blocks for e in reversed(self.events) if isinstance(e, Extension)),
+            self.header.plan.blocks,
+        )
+
+    @property
     def complete(self) -> bool:
         """Whether every planned block finished."""
-        return len(self.blocks_done) >= self.header.plan.blocks
+        return len(self.blocks_done) >= self.blocks_planned
+
+    @property
+    def sealed(self) -> bool:
+        """Whether a digest covers the whole file; an unfinished run has none yet."""
+        return bool(self.events) and isinstance(self.events[-1], Seal) and not self.cut
+
+
+class SealError(MeasurementError):
+    """A file was changed after it was sealed."""
 
 
 def run_file(path: Path) -> Path:
@@ -335,7 +387,8 @@ def load(path: Path) -> Run:
     """Read a run from its file or directory.
 
     A last line cut short is left out and marked in ``Run.cut``; damage anywhere else is an
-    error. Raises ``UsageError`` naming file, line and what is wrong.
+    error. Raises ``UsageError`` naming file, line and what is wrong, ``SealError`` for a file
+    that is not what was sealed, ``NotComparableError`` for another schema.
     """
     file = run_file(path)
     try:
@@ -345,14 +398,28 @@ def load(path: Path) -> Run:
     lines = raw.split(b"\n")
     cut = lines[-1] != b""
     events: list[Event] = []
+    digest = hashlib.sha256()
     for number, line in enumerate(lines[:-1], 1):
-        events.append(_parse(line, file, number))
+        event = _parse(line, file, number)
+        if isinstance(event, Seal) and (
+            event.sha256 != digest.hexdigest() or line != _line(event).rstrip(b"\n")
+        ):
+            raise SealError(
+                f"{file} was changed after it was sealed (line {number} seals other bytes than "
+                "those before it); its figures cannot be trusted: restore it, or measure again"
+            )
+        digest.update(line + b"\n")
+        events.append(event)
     if not events or not isinstance(events[0], Header):
         raise UsageError(
             f"{file} holds no complete header line, so there is nothing to read; "
             "give a run directory or a run.jsonl written by green-bench run"
         )
     return Run(header=events[0], events=tuple(events[1:]), cut=cut)
+
+
+def _line(event: Event) -> bytes:
+    return event.model_dump_json().encode() + b"\n"
 
 
 def _parse(line: bytes, file: Path, number: int) -> Event:
@@ -366,7 +433,7 @@ def _parse(line: bytes, file: Path, number: int) -> Event:
     if isinstance(data, dict) and data.get("event") == "header":
         found = str(data.get("schema_version"))
         if found.split(".")[0] != SCHEMA.split(".")[0]:
-            raise UsageError(
+            raise NotComparableError(
                 f"{file} has schema {found}, this version reads {SCHEMA.split('.')[0]}.x; "
                 "read it with the green-bench version that wrote it"
             )
@@ -410,7 +477,7 @@ class Journal:
         """Write one record; raises ``MeasurementError`` when the disk refuses it."""
         fd = self._file.fileno()
         before = os.fstat(fd).st_size
-        line = event.model_dump_json().encode() + b"\n"
+        line = _line(event)
         try:
             while line:
                 line = line[os.write(fd, line) :]
@@ -422,6 +489,12 @@ class Journal:
                 f"could not write to {self.path}: {error.strerror}; "
                 "everything before is kept, make room and resume"
             ) from error
+
+    def seal(self) -> Seal:
+        """Write the digest of everything in the file as its last record."""
+        event = Seal(sha256=hashlib.sha256(self.path.read_bytes()).hexdigest())
+        self.append(event)
+        return event
 
     def close(self) -> None:
         """Release the file and its lock."""

@@ -521,6 +521,7 @@ def _measure(channel: Channel, task: Task, length: int, arms: dict[str, Cell]) -
         # A twentieth more than asked, so that a slightly faster repeat is not a short window.
         repeats = max(1, math.ceil(1.05 * task.window_seconds / cell.seconds))
         channel.ask("ready", context_length=length, method=name)
+        _reset_peak_memory(cell.ids.device)
         start, end, device_seconds = cell.repeat(repeats)
         channel.ask(
             "window",
@@ -532,7 +533,18 @@ def _measure(channel: Channel, task: Task, length: int, arms: dict[str, Cell]) -
             start=start,
             end=end,
             device_seconds=device_seconds,
+            peak_memory_bytes=_peak_memory_bytes(cell.ids.device),
         )
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_memory_bytes(device: torch.device) -> int | None:
+    """Most memory allocated since the reset; the CPU's allocator does not tell."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 if __name__ == "__main__":

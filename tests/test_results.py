@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from minference_green.errors import MeasurementError, UsageError
+from minference_green.errors import ExitCode, MeasurementError, NotComparableError, UsageError
 from minference_green.results import (
     FILE_NAME,
     BlockDone,
+    Extension,
     Header,
     Journal,
     Note,
+    SealError,
     Window,
     load,
 )
@@ -94,7 +96,7 @@ def test_an_unknown_field_is_refused_by_name(written: Path) -> None:
 def test_another_schema_is_refused_with_both_versions(written: Path) -> None:
     file = written / FILE_NAME
     file.write_text(file.read_text().replace('"schema_version":"1.0"', '"schema_version":"9.0"'))
-    with pytest.raises(UsageError, match=r"schema 9\.0, this version reads 1\.x"):
+    with pytest.raises(NotComparableError, match=r"schema 9\.0, this version reads 1\.x"):
         load(written)
 
 
@@ -145,3 +147,55 @@ def test_a_reading_beside_the_headline_is_not_added(window: MakeWindow) -> None:
     both = both.model_copy(update={"readings": (*both.readings, host)})
     assert both.joules == 100.0
     assert both.obtained == "modelled"
+
+
+@pytest.fixture
+def sealed(written: Path) -> Path:
+    with Journal(written) as journal:
+        journal.append(BlockDone(block=0))
+        journal.seal()
+    return written / FILE_NAME
+
+
+def test_a_sealed_run_says_so_until_more_is_written(sealed: Path) -> None:
+    assert load(sealed).sealed
+    with Journal(sealed.parent) as journal:
+        journal.append(Note(message="more"))
+    assert not load(sealed).sealed
+    with Journal(sealed.parent) as journal:
+        journal.seal()
+    assert load(sealed).sealed
+
+
+def test_any_changed_byte_of_a_sealed_run_is_found(sealed: Path) -> None:
+    """Also in the seal itself, and where JSON would mean the same."""
+    raw = sealed.read_bytes()
+    missed = []
+    for place in range(len(raw)):
+        changed = bytearray(raw)
+        changed[place] ^= 1
+        sealed.write_bytes(changed)
+        try:
+            if load(sealed).sealed:
+                missed.append(place)
+        except (SealError, UsageError, NotComparableError):
+            continue
+    assert missed == []
+
+
+def test_an_edited_figure_is_told_from_damage(sealed: Path) -> None:
+    sealed.write_text(sealed.read_text().replace('"joules":100.0', '"joules":50.0'))
+    with pytest.raises(SealError, match="was changed after it was sealed") as error:
+        load(sealed)
+    assert error.value.exit_code == ExitCode.INVALID_MEASUREMENT
+
+
+def test_an_extension_moves_the_plan_of_a_finished_run(written: Path) -> None:
+    with Journal(written) as journal:
+        for block in (0, 1):
+            journal.append(BlockDone(block=block))
+    assert load(written).complete
+    with Journal(written) as journal:
+        journal.append(Extension(blocks=4, created_at="2026-01-02", reason="inconclusive"))
+    run = load(written)
+    assert (run.complete, run.blocks_planned, run.header.plan.blocks) == (False, 4, 2)

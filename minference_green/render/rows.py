@@ -63,7 +63,10 @@ def facts(run: Run) -> tuple[tuple[str, str], ...]:
     plan, workload = header.plan, header.workload
     tokens = workload.prompt if workload.prompt_sha256 is None else f"text {workload.prompt}"
     done = len(run.blocks_done)
-    stood = f"{plan.blocks} blocks" if run.complete else f"{done} of {plan.blocks} blocks finished"
+    planned = run.blocks_planned
+    stood = f"{planned} blocks" if run.complete else f"{done} of {planned} blocks finished"
+    if planned != plan.blocks:
+        stood += f" ({plan.blocks} at first, then extended)"
     quick = ", quick" if plan.quick else ""
     return (
         ("Machine", _machine(run)),
@@ -139,7 +142,7 @@ def doubts(run: Run, directory: Path | None = None) -> tuple[str, ...]:
         place = "DIR" if directory is None else directory.resolve().parent
         name = run.header.run_id if directory is None else directory.resolve().name
         found.append(
-            f"Incomplete: {len(run.blocks_done)} of {plan.blocks} blocks finished. "
+            f"Incomplete: {len(run.blocks_done)} of {run.blocks_planned} blocks finished. "
             f"Go on with: green-bench run --resume {name} --output {place}"
         )
     if plan.quick:
@@ -149,6 +152,8 @@ def doubts(run: Run, directory: Path | None = None) -> tuple[str, ...]:
             f"Grams assume {factor.location} ({factor.g_per_kwh:g} gCO2e/kWh): no location was "
             "given. Name yours with --country."
         )
+    if any(r.obtained == "simulated" for w in run.windows for r in w.readings):
+        found.append("Joules are simulated: no device was read, they prove nothing about one.")
     found += _window_doubts(run)
     found += _skips(run)
     found += dict.fromkeys(note for o in run.of(Observation) for note in o.notes)

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from minference_green.api import SILENT
+from minference_green.bench import extend
+from minference_green.errors import UsageError
 from minference_green.results import (
     Backends,
     BlockDone,
+    Extension,
     Idle,
     Observation,
     Run,
@@ -169,6 +173,38 @@ def test_kill_9_loses_no_finished_window_and_leaves_no_orphan(
     assert load(directory).complete
 
 
+def test_a_finished_run_is_sealed_and_an_edit_of_it_is_refused(
+    green_bench: GreenBench, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    green_bench("run", *small, "--blocks", "1", "--output", tmp_path)
+    directory = only_run(tmp_path)
+    assert load(directory).sealed
+    file = directory / "run.jsonl"
+    file.write_text(file.read_text().replace('"batch":1', '"batch":2'))
+    for verb in (["report", directory], ["run", "--resume", directory.name, "--output", tmp_path]):
+        done = green_bench(*verb)
+        assert done.returncode == 5
+        assert "was changed after it was sealed" in done.stderr
+
+
+def test_a_finished_run_takes_more_blocks_and_its_file_says_so(
+    green_bench: GreenBench, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    green_bench("run", *small, "--blocks", "1", "--output", tmp_path)
+    directory = only_run(tmp_path)
+    extend(directory, 2, "inconclusive at 1 block", SILENT)
+    run = load(directory)
+    assert run.complete
+    assert run.sealed
+    assert {w.block for w in run.windows} == {0, 1}
+    (told,) = run.of(Extension)
+    assert (told.blocks, told.reason) == (2, "inconclusive at 1 block")
+    assert [e.event for e in run.events].count("seal") == 2
+    assert "2 blocks (1 at first, then extended)" in green_bench("report", directory).stdout
+    with pytest.raises(UsageError, match="already plans 2 blocks"):
+        extend(directory, 1, "", SILENT)
+
+
 def test_resuming_a_finished_run_prints_it_again(
     green_bench: GreenBench, small: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -187,6 +223,7 @@ def test_a_run_does_not_go_on_with_other_kernels(
     directory = only_run(tmp_path)
     file = directory / "run.jsonl"
     text = file.read_text().replace('"blocks":1', '"blocks":2')
+    text = text[: text.index('{"event":"seal"')]
     hash_now = load(directory).header.fingerprint.kernel_hash
     file.write_text(text.replace(hash_now, "0" * len(hash_now)))
     done = green_bench("run", "--resume", directory.name, "--output", tmp_path)
