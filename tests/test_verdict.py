@@ -288,6 +288,7 @@ H100 = Device(kind="gpu", name="NVIDIA H100", memory_bytes=150754820096, power_l
         ({"fingerprint": {"dtype": "float16"}}, "dtype"),
         ({"fingerprint": {"workload_hash": "other"}}, "workload"),
         ({"obtained": "modelled"}, "energy"),
+        ({"obtained": "simulated"}, "energy"),
     ],
 )
 def test_hard_keys_refuse_a_comparison_unless_allowed(make_run, more, key):

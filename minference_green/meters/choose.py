@@ -31,8 +31,8 @@ def open_meters(
     CUDA would show. ``auto`` reads those GPUs through NVML with the host beside them, or
     without GPUs the host alone, by RAPL where readable and else by a model. A GPU that NVML
     cannot read is an error, not a reason to read something else. ``allow_shared`` accepts
-    MIG slices and devices with other processes. Begin meters in the list's order, end them
-    in any.
+    MIG slices and devices with other processes. Begin and end meters in the list's order:
+    the host stands last, so that its own reading delays no edge of a GPU's counter.
 
     Raises ``UsageError`` for an unknown ``kind``, a ``MeasurementError`` for a source that
     does not work.

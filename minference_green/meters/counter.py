@@ -237,7 +237,7 @@ class CounterMeter:
         return Reading(
             device=info.uuid,
             scope=info.scope,
-            obtained="counter",
+            obtained="simulated" if info.simulated else "counter",
             source=f"{info.library} energy counter",
             joules=joules,
             reason="; ".join(doubts) or None,
@@ -268,7 +268,8 @@ class CounterMeter:
             samples, t0, raw["start_seconds"], raw["end_seconds"], t1
         )
         hidden = hidden_seconds(board.gpu)
-        raw["check_tolerance_joules"] = evidence.check_tolerance(joules, swing, hidden)
+        missed = evidence.sampling_error(samples, raw["start_seconds"], raw["end_seconds"])
+        raw["check_tolerance_joules"] = evidence.check_tolerance(joules, swing, hidden, missed)
         return check, abs(joules - check) > raw["check_tolerance_joules"], None
 
 

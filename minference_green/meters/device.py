@@ -6,6 +6,9 @@ from typing import Literal, Protocol
 PowerField = Literal["instant", "average", "usage"]
 """Field 186, field 185 (1 s trailing average), or the legacy power reading."""
 
+SIMULATED = "simulated"
+"""The library that answers for a device that does not exist."""
+
 
 @dataclass(frozen=True)
 class GpuInfo:
@@ -25,6 +28,11 @@ class GpuInfo:
     mig: bool = False
     scope: str = "board"
     """``module`` where the counter covers CPU and memory of a superchip too."""
+
+    @property
+    def simulated(self) -> bool:
+        """Whether no device stands behind it; its joules then say so."""
+        return self.library == SIMULATED
 
 
 @dataclass(frozen=True)

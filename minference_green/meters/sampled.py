@@ -113,11 +113,12 @@ class SampledMeter:
         else:
             raw = evidence.sampled_evidence(samples, t0, start, end, t1)
             joules, swing = evidence.held_bracket(samples, t0, start, end, t1)
-            uncertainty = evidence.check_tolerance(joules, swing, hidden)
+            missed = evidence.sampling_error(samples, start, end)
+            uncertainty = evidence.check_tolerance(joules, swing, hidden, missed)
         return Reading(
             device=info.uuid,
             scope=info.scope,
-            obtained="sampled",
+            obtained="simulated" if info.simulated else "sampled",
             source=f"{info.library} {_FIELDS[info.power_field or 'usage']}",
             joules=joules,
             reason="; ".join(doubts) or None,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minference_green.meters.clock import Clock
-from minference_green.meters.device import Conditions, GpuInfo, PowerField
+from minference_green.meters.device import SIMULATED, Conditions, GpuInfo, PowerField
 from minference_green.meters.faults import (
     DeviceLostError,
     NoCounterError,
@@ -213,7 +213,7 @@ class SimulatedGpu:
         return GpuInfo(
             uuid=spec.faults.answers_as or spec.uuid,
             name=f"simulated {spec.name}",
-            library="simulated",
+            library=SIMULATED,
             driver="none",
             has_counter=spec.counter is not None,
             power_field=spec.power_fields[0] if spec.power_fields else None,

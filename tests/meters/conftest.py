@@ -35,7 +35,10 @@ class IdealSampler:
 
     def _watts(self, device: int, t: float) -> float:
         # The reading is as of the GPU's last update, at a tenth of a second.
-        return self.gpus[device].spec.trace.watts(int(t * 10 + 1e-6) / 10)
+        updated = int(t * 10 + 1e-6) / 10
+        spec = self.gpus[device].spec
+        noise = random.Random(f"{spec.seed} {updated}").uniform(-1, 1) * spec.power_noise_watts
+        return spec.trace.watts(updated) + noise
 
     def close(self) -> None: ...
 

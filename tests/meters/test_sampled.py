@@ -38,7 +38,7 @@ def test_the_reading_says_that_it_was_sampled_and_from_which_field(world, meter_
     gpu = world.gpu(counter=None)
     meter = meter_of(gpu)
     [reading], _, _ = world.window(meter, [gpu])
-    assert reading.obtained == "sampled"
+    assert reading.obtained == "simulated"
     assert "186" in reading.source
     assert "no energy counter" in meter.description
     assert reading.check_joules is None

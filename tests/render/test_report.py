@@ -94,9 +94,18 @@ def test_planted_weights_stand_on_every_surface(six_blocks, surface):
     assert "planted weights" in surface(six_blocks)
 
 
-def test_the_energy_source_stands_on_every_surface(make_run, surface):
-    run = make_run({(8192, "dense"): [[9.0]], (8192, "minference"): [[5.0]]}, obtained="modelled")
-    assert "modelled" in surface(run)
+@pytest.mark.parametrize("word", ["modelled", "simulated"])
+def test_the_energy_source_stands_on_every_surface(make_run, surface, word):
+    run = make_run({(8192, "dense"): [[9.0]], (8192, "minference"): [[5.0]]}, obtained=word)
+    assert word in surface(run)
+
+
+def test_simulated_joules_are_a_doubt_and_stand_in_the_conclusion(make_run):
+    energy = {(8192, "dense"): [[9.0]], (8192, "minference"): [[5.0]]}
+    run = make_run(energy, obtained="simulated")
+    assert any("simulated" in doubt for doubt in doubts(run))
+    assert "simulated energy" in conclusion(run)[0]
+    assert not any("simulated" in doubt for doubt in doubts(make_run(energy)))
 
 
 def test_every_surface_shows_the_same_saving(six_blocks):
