@@ -357,6 +357,20 @@ def blocks_needed(
     return sizes[found] if found < len(sizes) else None
 
 
+def detectable_margin(spread: float, blocks: int, stored_blocks: int, level: float) -> float:
+    """Smallest margin at which no change at all is shown to be within it with 90 % power.
+
+    ``spread`` is the standard deviation between blocks of log ratios, ``level`` the two-sided
+    level of the deciding interval. Raises ``ValueError`` below two blocks on either side.
+    """
+    if min(blocks, stored_blocks) < 2:
+        raise ValueError(f"a spread needs two blocks or more, got {blocks} and {stored_blocks}")
+    error = spread * math.sqrt(1 / blocks + 1 / stored_blocks)
+    dof = blocks + stored_blocks - 2
+    quantiles = student_quantile((1 + level) / 2, dof) + student_quantile(0.90, dof)
+    return math.expm1(quantiles * error)
+
+
 def observations(run: Run, length: int, method: str) -> tuple[Observation, ...]:
     """What was observed of one arm at one length, in file order."""
     return tuple(
@@ -372,6 +386,27 @@ def density(run: Run, length: int, method: str) -> Estimate:
         return Estimate(fmean(values), None, None, len(values))
     reasons = [o.density_reason for o in seen if o.density_reason]
     return Estimate(None, None, None, 0, reasons[0] if reasons else "not observed in this run")
+
+
+def output_error(run: Run, length: int, method: str) -> Estimate:
+    """Relative error of the last logits against the reference arm, mean over observations."""
+    seen = observations(run, length, method)
+    values = [o.logits_relative_error for o in seen if o.logits_relative_error is not None]
+    if values:
+        return Estimate(fmean(values), None, None, len(values))
+    return Estimate(None, None, None, 0, "not observed in this run")
+
+
+def peak_memory_bytes(run: Run, length: int, method: str) -> Estimate:
+    """Most device memory allocated in any valid window."""
+    peaks = [
+        w.peak_memory_bytes
+        for w in _windows(run, length, method)
+        if w.valid and w.peak_memory_bytes is not None
+    ]
+    if peaks:
+        return Estimate(float(max(peaks)), None, None, len(peaks))
+    return Estimate(None, None, None, 0, "no window recorded device memory (a CPU has none)")
 
 
 def _windows(run: Run, length: int, method: str) -> list[Window]:

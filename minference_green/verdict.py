@@ -7,7 +7,7 @@ rate; a verdict may be INCONCLUSIVE.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from statistics import fmean, stdev
@@ -25,7 +25,9 @@ from minference_green.stats import (
     density,
     invalid_share,
     method_names,
+    output_error,
     paired_logs,
+    peak_memory_bytes,
     prediction,
     welch,
 )
@@ -53,6 +55,24 @@ and a true +10 % is taken for the reference's doing in 0.1, 1 and 4 %.
 """
 
 
+CriterionName = Literal[
+    "energy_ratio", "energy_absolute", "latency", "memory", "density", "output_error"
+]
+"""What can be judged of a method: joules and seconds per token against the reference arm,
+its own joules per token, its peak device memory, its density, its output error."""
+
+CRITERIA: tuple[CriterionName, ...] = get_args(CriterionName)
+
+_MORE_BLOCKS_MAY_DECIDE = ("margin-in-interval", "both-moved", "reference-moved", "few-blocks")
+
+_OBSERVED: Mapping[str, Callable[[Run, int, str], Estimate]] = {
+    "memory": peak_memory_bytes,
+    "density": density,
+    "output_error": output_error,
+}
+"""Criteria that come out the same each time, judged without an interval."""
+
+
 class Outcome(StrEnum):
     """What a comparison shows."""
 
@@ -75,7 +95,13 @@ class Arms:
 
 
 Reason = Literal[
-    "within-margin", "worse", "margin-in-interval", "both-moved", "reference-moved", "few-blocks"
+    "within-margin",
+    "worse",
+    "margin-in-interval",
+    "both-moved",
+    "reference-moved",
+    "few-blocks",
+    "not-observed",
 ]
 """What an outcome rests on; ``render/verdict.py`` says it in words."""
 
@@ -96,21 +122,20 @@ class Ruling:
 
 @dataclass(frozen=True)
 class Criterion:
-    """One (context length, method, quantity) of a comparison; changes are fractions."""
+    """One (context length, method, name) of a comparison; changes are fractions."""
 
+    name: CriterionName
     context_length: int
     method: str
     reference_method: str
-    quantity: Quantity
-    kind: Literal["ratio", "absolute"]
-    """Against the reference arm, or the method's own figure."""
+    margin: float
     judged: bool
     """False: shown beside the verdict and no part of it."""
     outcome: Outcome
     reason: Reason
     improved: bool
     change: Estimate
-    """Now over then, minus 1, with its 90 % interval."""
+    """Now over then, minus 1, with its 90 % interval where it varies."""
     decision_low: float | None
     decision_high: float | None
     """Ends of the interval that decides whether this is a PASS."""
@@ -128,16 +153,16 @@ class Verdict:
 
     outcome: Outcome
     improved: bool
-    margin: float
+    margins: dict[CriterionName, float]
     criteria: tuple[Criterion, ...]
     differences: Differences
     allowed: tuple[str, ...]
     """Hard keys that differ and were allowed to; they stand on every report of the verdict."""
     blocks: int
-    """Of the run judged, in the criterion that has fewest."""
+    """Of the run judged, in the arm that has fewest."""
     stored_runs: int
     next_look: int | None
-    """Blocks at the next look while the run may grow; null after the last."""
+    """Blocks at the next look while more of them may decide; null after the last."""
 
     @property
     def exit_code(self) -> ExitCode:
@@ -165,49 +190,75 @@ def compare(
     reference: Run | Sequence[Run],
     candidate: Run,
     *,
-    margin: float = 0.05,
-    quantities: Sequence[Quantity] = ("joules",),
+    margin: float | Mapping[str, float] = 0.05,
     allow_mismatch: Sequence[str] = (),
 ) -> Verdict:
     """Judge ``candidate`` against one or more stored runs of the same workload.
 
-    Every method both have beside the reference method is a criterion at every context length
-    and for every one of ``quantities``. The method's own figure is judged too from five stored
-    runs on, and shown before. A figure that is in neither run cannot be judged: INCONCLUSIVE.
+    Every method both have beside the reference method is judged at every context length. One
+    ``margin`` is for its joules, against the reference arm's and its own; a mapping names the
+    criteria (``CRITERIA``), each with its margin. The method's own joules are judged from five
+    stored runs on, and shown before. What is missing on either side cannot be judged:
+    INCONCLUSIVE.
 
-    Raises ``UsageError`` for a margin outside (0, 1), an unknown hard key or nothing to judge;
-    ``NotComparableError`` where hard keys differ and are not in ``allow_mismatch``;
-    ``MeasurementError`` where more than 20 % of a run's windows are invalid.
+    Raises ``UsageError`` for a margin outside (0, 1), an unknown criterion or hard key, or
+    nothing to judge; ``NotComparableError`` where hard keys differ and are not in
+    ``allow_mismatch``; ``MeasurementError`` where more than 20 % of a run's windows are
+    invalid, or it has none.
     """
     stored = (reference,) if isinstance(reference, Run) else tuple(reference)
-    _check_request(stored, margin, quantities, allow_mismatch)
-    found = [differences(run, candidate) for run in stored]
-    allowed = _check_hard(found, allow_mismatch)
+    margins = check_margins(margin)
+    _check_request(stored, allow_mismatch)
     for run in (*stored, candidate):
         _check_valid(run)
-    cells = _judged_cells(stored, candidate, quantities)
-    absolute = len(stored) >= PREDICTION_RUNS and not allowed
-    count = len(cells) * (2 if absolute else 1)
+    found = [differences(run, candidate) for run in stored]
+    allowed = _check_hard(found, allow_mismatch)
+    judged = [n for n in margins if n != "energy_absolute" or _enough_for_own(stored, allowed)]
+    cells = _judged_cells(stored, candidate)
+    varying = len(cells) * sum(n not in _OBSERVED for n in judged)
     criteria = tuple(
-        criterion
+        _criterion(stored, candidate, cell, name, margins[name], varying, name in judged)
         for cell in cells
-        for criterion in _criteria(stored, candidate, cell, margin, count, absolute)
+        for name in margins
     )
-    judged = [c for c in criteria if c.judged]
-    blocks = min(c.change.blocks for c in judged)
-    outcomes = {c.outcome for c in judged}
+    outcomes = {c.outcome for c in criteria if c.judged}
     outcome = next((o for o in (Outcome.FAIL, Outcome.INCONCLUSIVE) if o in outcomes), Outcome.PASS)
+    blocks = min(len(_arms(candidate, cell, _quantity(n)).ratio) for cell in cells for n in judged)
+    grows = any(c.judged and c.reason in _MORE_BLOCKS_MAY_DECIDE for c in criteria)
     return Verdict(
         outcome=outcome,
-        improved=outcome is Outcome.PASS and any(c.improved for c in judged),
-        margin=margin,
+        improved=outcome is Outcome.PASS and any(c.judged and c.improved for c in criteria),
+        margins=margins,
         criteria=criteria,
         differences=found[-1],
         allowed=allowed,
         blocks=blocks,
         stored_runs=len(stored),
-        next_look=next_look(blocks),
+        next_look=next_look(blocks) if grows else None,
     )
+
+
+def check_margins(margin: float | Mapping[str, float]) -> dict[CriterionName, float]:
+    """Margins by criterion; one number is for joules, against the reference arm and own.
+
+    Raises ``UsageError`` for an unknown criterion, none, only ``energy_absolute`` (which few
+    stored runs leave unjudged), or a margin outside (0, 1).
+    """
+    given = (
+        margin
+        if isinstance(margin, Mapping)
+        else {"energy_ratio": margin, "energy_absolute": margin}
+    )
+    unknown = [name for name in given if name not in CRITERIA]
+    if unknown or not set(given) - {"energy_absolute"}:
+        raise UsageError(
+            f"cannot judge by {', '.join(given) or 'nothing'}; choose from {', '.join(CRITERIA)}, "
+            "energy_absolute only beside another"
+        )
+    for name, value in given.items():
+        if not 0 < value < 1:
+            raise UsageError(f"{name}: a margin of {value:g} is not a fraction; 0.05 means 5 %")
+    return {name: given[name] for name in CRITERIA if name in given}
 
 
 def rule(now: Arms, stored: Sequence[Arms], *, margin: float, criteria: int = 1) -> Ruling:
@@ -273,22 +324,17 @@ def _blocks_for_verdict(
     )
 
 
-def _check_request(
-    stored: Sequence[Run],
-    margin: float,
-    quantities: Sequence[Quantity],
-    allow_mismatch: Sequence[str],
-) -> None:
+def _check_request(stored: Sequence[Run], allow_mismatch: Sequence[str]) -> None:
     if not stored:
         raise UsageError("there is no stored run to compare with; give one or more")
-    if not 0 < margin < 1:
-        raise UsageError(f"a margin of {margin:g} is not a fraction; 0.05 means 5 %")
-    unknown_quantities = [q for q in quantities if q not in get_args(Quantity)]
-    if unknown_quantities or not quantities:
-        raise UsageError(f"cannot judge {list(quantities)}; choose from {list(get_args(Quantity))}")
     unknown = [key for key in allow_mismatch if key not in HARD_KEYS]
     if unknown:
         raise UsageError(f"{', '.join(unknown)}: no such hard key; they are {', '.join(HARD_KEYS)}")
+
+
+def _enough_for_own(stored: Sequence[Run], allowed: Sequence[str]) -> bool:
+    """Whether the stored runs say what a method's own figure is on this ground."""
+    return len(stored) >= PREDICTION_RUNS and not allowed
 
 
 def _check_hard(found: Sequence[Differences], allow_mismatch: Sequence[str]) -> tuple[str, ...]:
@@ -306,6 +352,11 @@ def _check_hard(found: Sequence[Differences], allow_mismatch: Sequence[str]) -> 
 
 
 def _check_valid(run: Run) -> None:
+    if not run.windows:
+        raise MeasurementError(
+            f"run {run.header.run_id} holds no windows, so there is nothing to judge; "
+            "measure it again"
+        )
     share = invalid_share(run)
     if share > MAX_INVALID_SHARE:
         reasons = dict.fromkeys(r for w in run.windows if not w.valid for r in w.reasons)
@@ -315,12 +366,10 @@ def _check_valid(run: Run) -> None:
         )
 
 
-_CellKey = tuple[int, str, Quantity]
+_CellKey = tuple[int, str]
 
 
-def _judged_cells(
-    stored: Sequence[Run], candidate: Run, quantities: Sequence[Quantity]
-) -> list[_CellKey]:
+def _judged_cells(stored: Sequence[Run], candidate: Run) -> list[_CellKey]:
     shared = set.intersection(*({*method_names(run)[1:]} for run in stored))
     methods = [m for m in method_names(candidate)[1:] if m in shared]
     lengths_shared = set.intersection(*({*r.header.workload.context_lengths} for r in stored))
@@ -331,47 +380,75 @@ def _judged_cells(
             f"this one has {', '.join(method_names(candidate))} at "
             f"{', '.join(format_length(n) for n in candidate.header.workload.context_lengths)}"
         )
-    return [(n, m, q) for n in lengths for m in methods for q in quantities]
+    return [(n, m) for n in lengths for m in methods]
 
 
-def _criteria(
+def _criterion(
     stored: Sequence[Run],
     candidate: Run,
     cell: _CellKey,
+    name: CriterionName,
     margin: float,
     count: int,
-    absolute: bool,
-) -> tuple[Criterion, Criterion]:
-    """The ratio, which is judged, and the method's own figure, judged if ``absolute``."""
-    length, method, quantity = cell
-    now = _arms(candidate, cell)
-    ruling = rule(now, [_arms(run, cell) for run in stored], margin=margin, criteria=count)
-    own = _own_ruling(ruling, margin, count)
-
-    def criterion(kind: Literal["ratio", "absolute"], ruled: Ruling, judged: bool) -> Criterion:
-        change = ruled.ratio if kind == "ratio" else ruled.candidate
+    judged: bool,
+) -> Criterion:
+    """One criterion of one cell; ``count`` of them share the error rate of a FAIL."""
+    length, method = cell
+    if name in _OBSERVED:
+        value = _OBSERVED[name]
+        then = [value(run, length, method) for run in stored]
+        ruling, shown = _observed_ruling(then, value(candidate, length, method), margin)
+        low = high = None
+    else:
+        quantity = _quantity(name)
+        now = _arms(candidate, cell, quantity)
+        arms = [_arms(run, cell, quantity) for run in stored]
+        ruling = rule(now, arms, margin=margin, criteria=max(count, 1))
+        change = ruling.ratio
+        if name == "energy_absolute":
+            ruling = _own_ruling(ruling, margin, max(count, 1))
+            change = ruling.candidate
+        shown = _shown(change, len(now.ratio))
         low, high = (None, None) if change is None else change.interval(decision_level())
-        return Criterion(
-            context_length=length,
-            method=method,
-            reference_method=method_names(candidate)[0],
-            quantity=quantity,
-            kind=kind,
-            judged=judged,
-            outcome=ruled.outcome,
-            reason=ruled.reason,
-            improved=ruled.improved,
-            change=_shown(change, len(now.ratio)),
-            decision_low=_fraction(low),
-            decision_high=_fraction(high),
-            candidate_change=_fraction(ruling.candidate.mean if ruling.candidate else None),
-            reference_change=_fraction(ruling.reference.mean if ruling.reference else None),
-            density_then=density(stored[-1], length, method).value,
-            density_now=density(candidate, length, method).value,
-            blocks_for_verdict=ruled.blocks_for_verdict,
-        )
+    return Criterion(
+        name=name,
+        context_length=length,
+        method=method,
+        reference_method=method_names(candidate)[0],
+        margin=margin,
+        judged=judged,
+        outcome=ruling.outcome,
+        reason=ruling.reason,
+        improved=ruling.improved,
+        change=shown,
+        decision_low=_fraction(low),
+        decision_high=_fraction(high),
+        candidate_change=_fraction(ruling.candidate.mean if ruling.candidate else None),
+        reference_change=_fraction(ruling.reference.mean if ruling.reference else None),
+        density_then=density(stored[-1], length, method).value,
+        density_now=density(candidate, length, method).value,
+        blocks_for_verdict=ruling.blocks_for_verdict,
+    )
 
-    return criterion("ratio", ruling, judged=True), criterion("absolute", own, judged=absolute)
+
+def _quantity(name: CriterionName) -> Quantity:
+    return "seconds" if name == "latency" else "joules"
+
+
+def _observed_ruling(
+    then: Sequence[Estimate], now: Estimate, margin: float
+) -> tuple[Ruling, Estimate]:
+    """The ruling on a figure without spread, against the mean of the stored ones."""
+    for side, found in [*(("then", e) for e in then), ("now", now)]:
+        if found.value is None:
+            why = Estimate(None, None, None, 0, f"{side}: {found.reason}")
+            return Ruling(Outcome.INCONCLUSIVE, "not-observed"), why
+    before, after = fmean(e.value for e in then if e.value is not None), now.value or 0.0
+    fails = after >= before * (1 + margin) and after > before
+    ruling = Ruling(Outcome.FAIL, "worse") if fails else Ruling(Outcome.PASS, "within-margin")
+    if before == 0:
+        return ruling, Estimate(None, None, None, now.blocks, f"was 0 before, is {after:g} now")
+    return ruling, Estimate(after / before - 1, None, None, now.blocks)
 
 
 def _own_ruling(ruling: Ruling, margin: float, criteria: int) -> Ruling:
@@ -385,8 +462,8 @@ def _own_ruling(ruling: Ruling, margin: float, criteria: int) -> Ruling:
     )
 
 
-def _arms(run: Run, cell: _CellKey) -> Arms:
-    length, method, quantity = cell
+def _arms(run: Run, cell: _CellKey, quantity: Quantity) -> Arms:
+    length, method = cell
     pairs = paired_logs(run, length, method, method_names(run)[0], quantity).values()
     return Arms(tuple(c for c, _ in pairs), tuple(r for _, r in pairs))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minference_green import verdict
 from minference_green.errors import ExitCode, MeasurementError, NotComparableError, UsageError
-from minference_green.results import Device
+from minference_green.results import Device, Observation, Window
 from minference_green.verdict import Arms, Outcome, compare, decision_level, next_look, rule
 
 WOBBLE = (0.004, -0.006, 0.002, 0.005, -0.003, -0.002)
@@ -178,14 +178,18 @@ def test_compare_tells_change_density_and_the_next_look(make_run):
     now = run_of(make_run, 0.66, density={(8192, "minference"): 0.3})
     found = compare(stored, now)
     ratio, own = found.criteria
-    assert (ratio.kind, ratio.judged, own.kind, own.judged) == ("ratio", True, "absolute", False)
+    assert [(c.name, c.judged) for c in (ratio, own)] == [
+        ("energy_ratio", True),
+        ("energy_absolute", False),
+    ]
     assert ratio.change.value == pytest.approx(0.10)
     assert ratio.decision_low < ratio.change.low < 0.10 < ratio.change.high < ratio.decision_high
     assert ratio.candidate_change == pytest.approx(0.10)
     assert ratio.reference_change == pytest.approx(0.0)
     assert ratio.density_then == pytest.approx(0.2)
     assert ratio.density_now == pytest.approx(0.3)
-    assert (found.blocks, found.next_look, found.stored_runs) == (6, 10, 1)
+    assert (found.blocks, found.next_look, found.stored_runs) == (6, None, 1)
+    assert compare(stored, run_of(make_run, 0.63)).next_look == 10
 
 
 def test_a_pass_takes_every_criterion_and_one_fail_is_enough(make_run):
@@ -214,11 +218,9 @@ def test_time_is_judged_when_asked_for(make_run):
         },
     )
     assert compare(make_run(energy), slower).outcome is Outcome.PASS
-    found = compare(make_run(energy), slower, quantities=("joules", "seconds"))
+    found = compare(make_run(energy), slower, margin={"energy_ratio": 0.05, "latency": 0.05})
     assert found.outcome is Outcome.FAIL
-    assert [c.quantity for c in found.criteria if c.outcome is Outcome.FAIL and c.judged] == [
-        "seconds"
-    ]
+    assert [c.name for c in found.criteria if c.outcome is Outcome.FAIL] == ["latency"]
 
 
 def test_the_methods_own_joules_are_judged_from_five_stored_runs_on(make_run):
@@ -251,11 +253,12 @@ def test_every_judged_criterion_counts_in_the_error_rate_of_a_fail(make_run, mon
     monkeypatch.setattr(verdict, "decision_level", level)
     stored = [run_of(make_run, 0.6, reference=100 + 0.1 * i) for i in range(5)]
     worse = run_of(make_run, 0.7)
-    compare(stored[0], worse, quantities=("joules", "seconds"))
+    three = dict.fromkeys(("energy_ratio", "energy_absolute", "latency"), 0.05)
+    compare(stored[0], worse, margin=three)
     assert set(counted) == {1, 2}
     counted.clear()
-    compare(stored, worse, quantities=("joules", "seconds"))
-    assert set(counted) == {1, 4}
+    compare(stored, worse, margin=three)
+    assert set(counted) == {1, 3}
 
 
 def test_joules_that_were_not_measured_decide_nothing(make_run):
@@ -323,13 +326,71 @@ def test_what_is_under_judgement_never_refuses_and_is_listed(make_run):
     ]
 
 
+def observed(make_run, density=0.2, error=0.03, memory=None):
+    energy = {(8192, "dense"): [[100.0]] * 4, (8192, "minference"): [[60.0]] * 4}
+    run = make_run(energy, density={(8192, "dense"): 1.0, (8192, "minference"): density})
+    events = tuple(
+        e.model_copy(update={"logits_relative_error": error})
+        if isinstance(e, Observation)
+        else e.model_copy(update={"peak_memory_bytes": memory})
+        if isinstance(e, Window)
+        else e
+        for e in run.events
+    )
+    return run.model_copy(update={"events": events})
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside", "missing"),
+    [
+        ("density", {"density": 0.209}, {"density": 0.211}, None),
+        ("output_error", {"error": 0.0314}, {"error": 0.0316}, {"error": None}),
+        ("memory", {"memory": 1049}, {"memory": 1051}, {"memory": None}),
+    ],
+)
+def test_what_does_not_vary_is_judged_against_its_margin_alone(
+    make_run, name, inside, outside, missing
+):
+    stored = observed(make_run, memory=1000)
+
+    def judged(**change):
+        found = compare(
+            stored, observed(make_run, **{"memory": 1000, **change}), margin={name: 0.05}
+        )
+        return found.outcome, found.criteria[0].reason, found.next_look
+
+    assert judged(**inside) == ("pass", "within-margin", None)
+    assert judged(**outside) == ("fail", "worse", None)
+    if missing:
+        # More blocks would not show what was never recorded, so no further look is offered.
+        assert judged(**missing) == ("inconclusive", "not-observed", None)
+
+
+def test_an_output_error_where_there_was_none_is_worse_by_any_margin(make_run):
+    exact = observed(make_run, error=0.0)
+    margin = {"output_error": 0.05}
+    assert compare(exact, exact, margin=margin).outcome is Outcome.PASS
+    found = compare(exact, observed(make_run, error=0.01), margin=margin)
+    assert found.outcome is Outcome.FAIL
+    assert found.criteria[0].change.reason == "was 0 before, is 0.01 now"
+
+
+def test_a_run_without_windows_is_no_measurement(make_run):
+    run = run_of(make_run, 0.6)
+    empty = run.model_copy(update={"events": ()})
+    with pytest.raises(MeasurementError, match="holds no windows"):
+        compare(run, empty)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"margin": 5.0}, "a margin of 5 is not a fraction; 0.05 means 5 %"),
         ({"margin": 0.0}, "a margin of 0 is not a fraction"),
-        ({"quantities": ("watts",)}, "cannot judge"),
-        ({"quantities": ()}, "cannot judge"),
+        ({"margin": {"watts": 0.05}}, "cannot judge by watts; choose from energy_ratio"),
+        ({"margin": {}}, "cannot judge by nothing"),
+        ({"margin": {"energy_absolute": 0.05}}, "only beside another"),
+        ({"margin": {"latency": -0.05}}, "latency: a margin of -0.05 is not a fraction"),
         ({"allow_mismatch": ["gpu"]}, "gpu: no such hard key; they are device, memory"),
     ],
 )

@@ -3,8 +3,17 @@
 from collections.abc import Iterator
 
 from minference_green.render.numbers import ABSENT, percent, significant
-from minference_green.verdict import Criterion, Outcome, Verdict
+from minference_green.verdict import Criterion, CriterionName, Outcome, Verdict
 from minference_green.workload import format_length
+
+_WORDS: dict[CriterionName, str] = {
+    "energy_ratio": "joules per token against {reference}",
+    "energy_absolute": "joules per token",
+    "latency": "seconds per token against {reference}",
+    "memory": "peak device memory",
+    "density": "density",
+    "output_error": "output error against {reference}",
+}
 
 
 def lines(verdict: Verdict) -> tuple[str, ...]:
@@ -15,7 +24,7 @@ def lines(verdict: Verdict) -> tuple[str, ...]:
 def _lines(verdict: Verdict) -> Iterator[str]:
     word = "IMPROVED" if verdict.improved else verdict.outcome.upper()
     stored = f"{verdict.stored_runs} stored run{'s' if verdict.stored_runs > 1 else ''}"
-    yield f"{word} at a margin of {verdict.margin:.1%}: {verdict.blocks} blocks against {stored}"
+    yield f"{word} at {_margins(verdict)}: {verdict.blocks} blocks against {stored}"
     for criterion in verdict.criteria:
         yield _criterion(criterion)
     for key in verdict.allowed:
@@ -28,20 +37,36 @@ def _lines(verdict: Verdict) -> Iterator[str]:
         yield from _advice(verdict)
 
 
+def _margins(verdict: Verdict) -> str:
+    if len(set(verdict.margins.values())) == 1:
+        return f"a margin of {next(iter(verdict.margins.values())):.1%}"
+    return "margins of " + ", ".join(f"{m:.1%} on {n}" for n, m in verdict.margins.items())
+
+
+def title(criterion: Criterion) -> str:
+    """What is judged, of which method at which length."""
+    what = _WORDS[criterion.name].format(reference=criterion.reference_method)
+    return f"{format_length(criterion.context_length)} {criterion.method}, {what}"
+
+
 def _criterion(criterion: Criterion) -> str:
-    against = f" against {criterion.reference_method}" if criterion.kind == "ratio" else ""
     outcome = (
         criterion.outcome.upper() if criterion.judged else f"({criterion.outcome}, not judged)"
     )
     return (
-        f"{format_length(criterion.context_length)} {criterion.method}, "
-        f"{criterion.quantity} per token{against}: changed by {percent(criterion.change)}, "
+        f"{title(criterion)}: changed by {percent(criterion.change)}, "
         f"density {significant(criterion.density_then, 2)} -> "
-        f"{significant(criterion.density_now, 2)}: {outcome}, {_reason(criterion)}"
+        f"{significant(criterion.density_now, 2)}: {outcome}, {reason(criterion)}"
     )
 
 
-def _reason(criterion: Criterion) -> str:
+def reason(criterion: Criterion) -> str:
+    """Why the criterion came out as it did, with the arm that moved."""
+    if criterion.change.value is None:
+        return criterion.change.reason or "too few blocks"
+    if criterion.candidate_change is None:  # observed, not sampled
+        inside = criterion.outcome is Outcome.PASS
+        return "within the margin" if inside else "worse by more than the margin"
     moved = (
         f"{criterion.method} {_signed(criterion.candidate_change)}, "
         f"{criterion.reference_method} {_signed(criterion.reference_change)}"
@@ -57,8 +82,8 @@ def _reason(criterion: Criterion) -> str:
             return f"both-moved: both arms left the margin ({moved}); the machine differs"
         case "reference-moved":
             return f"reference-moved: {criterion.reference_method} got cheaper ({moved})"
-        case "few-blocks":
-            return criterion.change.reason or "too few blocks"
+        case "few-blocks" | "not-observed":  # have no change, see above
+            raise AssertionError(criterion)
 
 
 def _signed(fraction: float | None) -> str:
