@@ -27,9 +27,9 @@ HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 SCALE = HEAD_DIM**-0.5
 
 PATTERNS: dict[str, HeadPattern] = {
-    "vertical-slash": VerticalSlash(300, 500),
+    "vertical-slash": VerticalSlash(300, 220),
     "a-shape": AShape(128, 700),
-    "block-sparse": BlockSparse(8),
+    "block-sparse": BlockSparse(12),
 }
 
 

@@ -40,29 +40,28 @@ def band_attention(
     _check(q, k, v, index.n_k)
     first_rows = torch.arange(k.shape[2] - q.shape[2], k.shape[2], TILE)
     n_tiles, n_k = len(first_rows), index.n_k
-    # Padding becomes n_k, which no tile reaches.
-    e = (index.tile_starts.long()[..., None] + torch.arange(TILE)).flatten(-2).clamp(max=n_k)
-    columns = index.columns.long().clamp(max=n_k).contiguous()
-    r0_of_tile = first_rows.expand(*e.shape[:2], -1).contiguous()
-    n_near = torch.searchsorted(e, r0_of_tile).flatten()
+    # Padding becomes n_k, which no tile reaches; one more entry keeps an empty list readable.
+    starts = _padded(index.tile_starts.long().clamp(max=n_k), n_k)
+    columns = _padded(index.columns.long().clamp(max=n_k), n_k)
+    r0_of_tile = first_rows.expand(*starts.shape[:2], -1).contiguous()
+    n_bands = torch.searchsorted(starts, r0_of_tile).flatten()
     n_columns = torch.searchsorted(columns, r0_of_tile).flatten()
-    banded = index.banded().flatten()
-    # Per head its distances, its columns, and one more entry for lists that are empty.
-    lists = _padded(torch.cat([e, columns], dim=-1), n_k)
+    banded = index.banded()
 
-    def left(jobs: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    def left(jobs: Tensor) -> tuple[Tensor, Tensor]:
         head, r0 = jobs[:, None] // n_tiles, first_rows[jobs % n_tiles, None]
-        slot = torch.arange(width)
-        near = slot < n_near[jobs, None]
-        far = (slot - n_near[jobs, None] + e.shape[2]).clamp(max=lists.shape[2] - 1)
-        entry = _pick(lists, head * lists.shape[2] + torch.where(near, slot, far))
-        mirrored = r0 - 1 - entry  # a distance as a position, a position as a distance
+        band = torch.arange(int(n_bands[jobs].max()))
+        first = r0 - TILE - _pick(starts, head * starts.shape[2] + band)
+        # Positions below 0 lie before the first key, as do all of the bands past a job's own.
+        near = (first[..., None] + torch.arange(TILE)).flatten(1)
+        column = _pick(columns, head * columns.shape[2] + torch.arange(int(n_columns[jobs].max())))
+        distance = r0 - 1 - column
         # A column under a band of the tile is among the near keys already.
-        covered = _pick(banded, head * n_k + mirrored.clamp(min=0))
-        column = (slot < (n_near + n_columns)[jobs, None]) & ~covered
-        return torch.where(near, mirrored, entry), near | column
+        covered = _pick(banded, head * n_k + distance.clamp(min=0))
+        positions = torch.cat([near, column], dim=1)
+        return positions, torch.cat([near >= 0, (distance >= 0) & ~covered], dim=1)
 
-    tiles = _TileKeys(widths=n_near + n_columns, left=left, own=lambda _: None)
+    tiles = _TileKeys(blocks=n_bands, singles=n_columns, left=left, own=lambda _: None)
     return _attend(q, k, v, index.heads, tiles, scale, out, return_lse)
 
 
@@ -94,26 +93,25 @@ def block_attention(
     counts = index.starts.long().diff().flatten()
     blocks = blocks.flatten()
 
-    def listed(jobs: Tensor, width: int) -> Tensor:
-        slot = torch.arange(width)
+    def listed(jobs: Tensor, n: Tensor) -> Tensor:
+        slot = torch.arange(int(n[jobs].max()))
         block = _pick(blocks, (begins[jobs, None] + slot).clamp(max=len(blocks) - 1))
         return block.masked_fill(slot >= counts[jobs, None], NONE)
 
-    def left(jobs: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        block = listed(jobs, width // TILE)
+    # The last block of a list is usually the tile's own: no key of it is left of the tile.
+    last = _pick(blocks, (begins + counts - 1).clamp(min=0)) * TILE
+    n_left = counts - ((counts > 0) & (last >= first_rows.repeat(len(base)))).long()
+
+    def left(jobs: Tensor) -> tuple[Tensor, Tensor]:
+        block = listed(jobs, n_left)
         positions = (block[..., None] * TILE + torch.arange(TILE)).flatten(1)
         return positions, positions < first_rows[jobs % n_tiles, None]
 
     def own(jobs: Tensor) -> Tensor:
         block = (first_rows[jobs % n_tiles, None] + torch.arange(TILE)) // TILE
-        list_of = listed(jobs, int(counts[jobs].max()))
-        return (list_of[:, :, None] == block[:, None, :]).any(1)
+        return (listed(jobs, counts)[:, :, None] == block[:, None, :]).any(1)
 
-    # The last block of a list is usually the tile's own: no key of it is left of the tile.
-    last = blocks[(begins + counts - 1).clamp(min=0)] * TILE
-    r0 = first_rows.repeat(len(base))
-    widths = (counts - ((counts > 0) & (last >= r0)).long()) * TILE
-    tiles = _TileKeys(widths=widths, left=left, own=own)
+    tiles = _TileKeys(blocks=n_left, singles=torch.zeros_like(n_left), left=left, own=own)
     return _attend(q, k, v, index.heads, tiles, scale, out, return_lse)
 
 
@@ -176,10 +174,12 @@ def cut_tiles(offsets: Tensor) -> Tensor:
 class _TileKeys:
     """What query tiles see. Jobs are numbered ``(b * H + h) * n_tiles + m``."""
 
-    widths: Tensor
-    """Keys left of each job's tile, or a few more: int64, one per job."""
-    left: Callable[[Tensor, int], tuple[Tensor, Tensor]]
-    """Of jobs ``[J]`` and a width: key positions left of the tile and which count, ``[J, W]``."""
+    blocks: Tensor
+    """Runs of 64 keys left of each job's tile: int64, one number per job."""
+    singles: Tensor
+    """Further single keys left of it."""
+    left: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """Of jobs ``[J]``: key positions, as many as the longest has, and which count, ``[J, W]``."""
     own: Callable[[Tensor], Tensor | None]
     """Of jobs ``[J]``: which of the tile's own 64 keys count, ``[J, TILE]``; ``None`` for all."""
 
@@ -199,37 +199,37 @@ def _attend(
     kv_heads = heads.long() // (q.shape[1] // k.shape[1])
     # KV head of each job, in the flattened [B * Hkv].
     kv = (torch.arange(batch)[:, None] * k.shape[1] + kv_heads).flatten()
-    n_tiles = len(tiles.widths) // len(kv)
-    q_tiles = _tiles(q[:, heads.long()])
+    n_tiles = len(tiles.blocks) // len(kv)
+    q_tiles = _tiles(q.index_select(1, heads))
     k_tiles, v_tiles = _tiles(k[:, :, -n_q:]), _tiles(v[:, :, -n_q:])
     k_rows, v_rows = k.reshape(-1, dim), v.reshape(-1, dim)
     result = torch.empty_like(q_tiles)
     lse = torch.empty(q_tiles.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-    widths, order = tiles.widths.sort(descending=True)
-    most_rows = _GATHERED // dim
-    space = max(int(widths[0]), min(most_rows, int(widths[0]) * len(widths)))
-    k_space, v_space = k.new_empty(space, dim), v.new_empty(space, dim)
+    # Alike jobs together, the longest first: what they gather is padded to the longest of them.
+    most_singles = int(tiles.singles.max())
+    order = (tiles.blocks * (most_singles + 1) + tiles.singles).argsort(descending=True)
     begin = 0
     while begin < len(order):
-        width = int(widths[begin])
-        jobs = order[begin : begin + max(1, most_rows // max(width, TILE))]
+        width = int(tiles.blocks[order[begin]]) * TILE + most_singles
+        jobs = order[begin : begin + max(1, _GATHERED // (dim * max(width, TILE)))]
         begin += len(jobs)
         kv_of_job = kv[jobs // n_tiles]
         own_tile = kv_of_job * n_tiles + jobs % n_tiles
-        q_job = q_tiles.index_select(0, jobs)
-        part = _own_keys(q_job, k_tiles[own_tile], v_tiles[own_tile], tiles.own(jobs), scale)
-        if width:
-            positions, seen = tiles.left(jobs, width)
-            row = positions.clamp(max=k.shape[2] - 1) + kv_of_job[:, None] * k.shape[2]
-            gathered = [
-                torch.index_select(x, 0, row.flatten(), out=to[: row.numel()]).view(*row.shape, dim)
-                for x, to in ((k_rows, k_space), (v_rows, v_space))
-            ]
+        q_job, k_own, v_own = (
+            x.index_select(0, at)
+            for x, at in ((q_tiles, jobs), (k_tiles, own_tile), (v_tiles, own_tile))
+        )
+        part = _own_keys(q_job, k_own, v_own, tiles.own(jobs), scale)
+        positions, seen = tiles.left(jobs)
+        if positions.shape[1]:
+            rows = positions.clamp_(0, k.shape[2] - 1).add_(kv_of_job[:, None] * k.shape[2])
             mask = None if bool(seen.all()) else seen[:, None, :]
-            part = _merge(part, _fused(q_job, gathered[0], gathered[1], mask, scale))
-        result.index_copy_(0, jobs, part[0].to(q.dtype))
+            left = _fused(q_job, _take(k_rows, rows), _take(v_rows, rows), mask, scale)
+            part = _merge(part, left)
+        blind = part[1].isneginf()
+        result.index_copy_(0, jobs, part[0].masked_fill_(blind[..., None], torch.nan).to(q.dtype))
         lse.index_copy_(0, jobs, part[1])
-    out[:, heads.long()] = result.view(batch, len(heads), -1, dim)[:, :, :n_q]
+    out.index_copy_(1, heads.long(), result.view(batch, len(heads), -1, dim)[:, :, :n_q])
     return (out, lse.view(batch, len(heads), -1)[..., :n_q].contiguous()) if return_lse else out
 
 
@@ -260,6 +260,11 @@ def _padded(x: Tensor, value: int) -> Tensor:
 def _pick(table: Tensor, at: Tensor) -> Tensor:
     """Entries of the flattened table; several times faster than ``table[at]``."""
     return table.flatten().index_select(0, at.flatten()).view(at.shape)
+
+
+def _take(rows: Tensor, at: Tensor) -> Tensor:
+    """Rows ``[n, D]`` gathered to ``[J, W, D]``."""
+    return rows.index_select(0, at.flatten()).view(*at.shape, rows.shape[1])
 
 
 def _own_keys(
@@ -297,9 +302,8 @@ def _fused(
 
 def _merge(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Attention over two disjoint sets of keys, from the attention over each."""
-    lse = torch.logaddexp(one[1], two[1])
-    weights = [torch.exp(part[1] - lse)[..., None] for part in (one, two)]
-    return one[0] * weights[0] + two[0] * weights[1], lse
+    share = torch.sigmoid(two[1] - one[1])
+    return torch.lerp(one[0], two[0], share[..., None]), torch.logaddexp(one[1], two[1])
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, n_k: int) -> None:

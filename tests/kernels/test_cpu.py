@@ -199,6 +199,8 @@ def test_a_tile_may_miss_its_own_block_and_a_row_without_keys_is_nan() -> None:
     assert isinstance(out, Tensor)
     assert out[:, :, :64].isnan().all()
     torch.testing.assert_close(out[:, :, 64:], exact((q, k, v), index)[0][:, :, 64:])
+    nothing = BlockIndex(index.heads, index.starts * 0, index.blocks, n_q=128, n_k=128)
+    assert attend((q, k, v), nothing)[0].isnan().all()
 
 
 def test_memory_is_bounded_by_one_tile_and_not_by_the_prompt() -> None:

@@ -1,6 +1,7 @@
 """The engine of head patterns: which pairs each head computes, and what it tells of its work."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from minference_green.errors import UsageError
 from minference_green.kernels import cpu, reference
 from minference_green.kernels.index import TILE, BandIndex, BlockIndex
 from minference_green.methods import sparse
-from minference_green.methods.backend import Kernels
+from minference_green.methods.backend import Kernels, kernels_for
 from minference_green.methods.method import ProfiledMethod
 from minference_green.methods.patterns import (
     AShape,
@@ -129,7 +130,7 @@ class Counted:
             self.launches.append(("block", index.heads.tolist()))
             return cpu.block_attention(q, k, v, index, **options)
 
-        return Kernels(cpu.last_rows_scores, cpu.block_means, cpu.cut_tiles, band, block)
+        return replace(kernels_for(torch.device("cpu")), band_attention=band, block_attention=block)
 
 
 @pytest.fixture
