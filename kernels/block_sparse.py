@@ -15,8 +15,10 @@ LENGTHS = ("n_q", "n_k", "n_blocks", "group")
 @triton.jit(do_not_specialize=LENGTHS)
 def _block_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, heads_ptr, starts_ptr, blocks_ptr,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    out_batch, out_head, out_row,
+    q_batch: tl.int64, q_head: tl.int64, q_row: tl.int64,
+    k_batch: tl.int64, k_head: tl.int64, k_row: tl.int64,
+    v_batch: tl.int64, v_head: tl.int64, v_row: tl.int64,
+    out_batch: tl.int64, out_head: tl.int64, out_row: tl.int64,
     n_q, n_k, n_blocks, group, qk_scale,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip

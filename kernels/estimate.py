@@ -24,7 +24,8 @@ LENGTHS = ("n_q", "n_k", "n_rows", "group")
 @triton.jit(do_not_specialize=LENGTHS)
 def _row_mass_kernel(
     q_ptr, k_ptr, partial_ptr, heads_ptr,
-    q_batch, q_head, q_row, k_batch, k_head, k_row,
+    q_batch: tl.int64, q_head: tl.int64, q_row: tl.int64,
+    k_batch: tl.int64, k_head: tl.int64, k_row: tl.int64,
     n_q, n_k, n_rows, group, qk_scale,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +74,8 @@ def _skewed(
 @triton.jit(do_not_specialize=LENGTHS)
 def _mass_kernel(
     q_ptr, k_ptr, lse_ptr, columns_ptr, slashes_ptr, heads_ptr,
-    q_batch, q_head, q_row, k_batch, k_head, k_row,
+    q_batch: tl.int64, q_head: tl.int64, q_row: tl.int64,
+    k_batch: tl.int64, k_head: tl.int64, k_row: tl.int64,
     n_q, n_k, n_rows, group, qk_scale, log2_e,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -110,7 +112,7 @@ def _mass_kernel(
 
 @triton.jit(do_not_specialize=("n",))
 def _block_mean_kernel(
-    x_ptr, mean_ptr, x_batch, x_head, x_row, n,
+    x_ptr, mean_ptr, x_batch: tl.int64, x_head: tl.int64, x_row: tl.int64, n,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
@@ -162,7 +164,7 @@ def last_rows_scores(
     _mass_kernel[grid](
         q, k, lse, columns, slashes, heads, *q.stride()[:3], *k.stride()[:3],
         n_q, n_k, n_rows, group, qk_scale, tile.LOG2_E,
-        **sizes, CHUNK=CHUNK_TILES, num_warps=4, num_stages=3,
+        **sizes, CHUNK=CHUNK_TILES, num_warps=8 if head_dim > 128 else 4, num_stages=3,
     )  # fmt: skip
     return columns, slashes
 

@@ -73,6 +73,40 @@ def store_rows(
         tl.store(lse_ptr + rows, lse, rows < n_rows)
 
 
+@triton.jit(do_not_specialize=("n", "first", "step", "n_limits"))
+def _count_kernel(rows_ptr, counts_ptr, n, first, step, n_limits, BLOCK: tl.constexpr):
+    """Binary search of one ascending row, ``BLOCK`` limits at a time."""
+    row = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    limit = first + step * i
+    low = tl.zeros([BLOCK], tl.int32)
+    high = low + n
+    width = n
+    while width > 0:
+        middle = (low + high) // 2
+        searching = low < high
+        value = tl.load(rows_ptr + row * n + middle, searching, 0)
+        below = searching & (value < limit)
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(searching & (value >= limit), middle, high)
+        width = width // 2
+    tl.store(counts_ptr + row * n_limits + i, low, i < n_limits)
+
+
+def count_below(rows: Tensor, first: int, step: int, n_limits: int) -> Tensor:
+    """How many entries of each ascending row lie below ``first + step * i``.
+
+    Shapes: ``rows [B, H, S]`` int32; returns int32 ``[B, H, n_limits]``.
+    """
+    batch, heads, n = rows.shape
+    counts = torch.empty(batch, heads, n_limits, dtype=torch.int32, device=rows.device)
+    block = 128
+    _count_kernel[(triton.cdiv(n_limits, block), batch * heads)](
+        rows, counts, n, first, step, n_limits, BLOCK=block, num_warps=4
+    )
+    return counts
+
+
 def padded(head_dim: int) -> int:
     """Head dimension as a kernel sees it: the next power of two, filled with zeros."""
     return int(triton.next_power_of_2(head_dim))

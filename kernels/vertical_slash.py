@@ -38,8 +38,10 @@ def uncovered(columns_ptr, n_left, r0, bits_ptr, TILE: tl.constexpr):
 def _band_kernel(
     q_ptr, k_ptr, v_ptr, column_k_ptr, column_v_ptr, out_ptr, lse_ptr,
     heads_ptr, starts_ptr, columns_ptr, bits_ptr, n_full_ptr, n_left_ptr,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    out_batch, out_head, out_row,
+    q_batch: tl.int64, q_head: tl.int64, q_row: tl.int64,
+    k_batch: tl.int64, k_head: tl.int64, k_row: tl.int64,
+    v_batch: tl.int64, v_head: tl.int64, v_row: tl.int64,
+    out_batch: tl.int64, out_head: tl.int64, out_row: tl.int64,
     n_q, n_k, n_starts, n_columns, n_words, group, qk_scale,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
@@ -131,10 +133,60 @@ def _band_bits(tile_starts: Tensor, n_k: int) -> Tensor:
     return bits
 
 
-def _gather(x: Tensor, kv_heads: Tensor, columns: Tensor) -> Tensor:
-    """Rows ``columns`` of each head's KV head, ``[B, H, V, D]``; padding repeats the last row."""
-    batch = torch.arange(x.shape[0], device=x.device)[:, None, None]
-    return x[batch, kv_heads[None, :, None], columns.clamp(max=x.shape[2] - 1).long()]
+@triton.jit(do_not_specialize=("n_k", "n_columns", "n_rows", "group"))
+def _gather_kernel(
+    k_ptr, v_ptr, column_k_ptr, column_v_ptr, heads_ptr, columns_ptr,
+    k_batch: tl.int64, k_head: tl.int64, k_row: tl.int64,
+    v_batch: tl.int64, v_head: tl.int64, v_row: tl.int64,
+    n_k, n_columns, n_rows, group,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Copy the rows of chosen columns; padding becomes zeros.
+
+    A query tile reads its last column tile whole, and a weight of 0 does not silence a value
+    that is not finite. Such a value turns its key into NaN instead and itself into 0: rows that
+    see the column become NaN, rows that do not are masked.
+    """
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    listed = b * tl.num_programs(1) + h
+    kv_head = tl.load(heads_ptr + h).to(tl.int64) // group
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    dims = tl.arange(0, DIM)
+    row = tl.load(columns_ptr + listed * n_columns + i, i < n_columns, n_k).to(tl.int64)
+    real = (row < n_k)[:, None] & (dims < HEAD_DIM)[None, :]
+    k_at = k_ptr + b * k_batch + kv_head * k_head + row[:, None] * k_row + dims[None, :]
+    v_at = v_ptr + b * v_batch + kv_head * v_head + row[:, None] * v_row + dims[None, :]
+    k = tl.load(k_at, real, 0.0)
+    v = tl.load(v_at, real, 0.0)
+    # Infinity minus itself is NaN, and NaN equals nothing.
+    finite = tl.min((v - v == 0.0).to(tl.int32), 1) != 0
+    k = tl.where(finite[:, None], k, float("nan"))
+    v = tl.where(finite[:, None], v, 0.0)
+    at = (listed * n_rows + i)[:, None] * HEAD_DIM + dims[None, :]
+    kept = (i < n_rows)[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(column_k_ptr + at, k.to(column_k_ptr.dtype.element_ty), kept)
+    tl.store(column_v_ptr + at, v.to(column_v_ptr.dtype.element_ty), kept)
+
+
+def _gather(
+    k: Tensor, v: Tensor, heads: Tensor, columns: Tensor, group: int
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of each listed head's columns, ``[B, H, max(V, 1), D]``, contiguous."""
+    batch, n_heads, n_columns = columns.shape
+    n_rows, head_dim = max(n_columns, 1), k.shape[3]
+    column_k = k.new_empty(batch, n_heads, n_rows, head_dim)
+    column_v = torch.empty_like(column_k)
+    _gather_kernel[(triton.cdiv(n_rows, TILE), n_heads, batch)](
+        k, v, column_k, column_v, heads, columns, *k.stride()[:3], *v.stride()[:3],
+        k.shape[2], n_columns, n_rows, group,
+        HEAD_DIM=head_dim, DIM=tile.padded(head_dim), TILE=TILE, num_warps=4,
+    )  # fmt: skip
+    return column_k, column_v
+
+
+def _on_hopper(q: Tensor) -> bool:
+    return q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
 
 
 def band_attention(
@@ -166,20 +218,30 @@ def band_attention(
     tile.check_index("columns", index.columns, (batch, n_heads, None), q)
     lse = tile.new_lse(q, index.heads, return_lse)
 
+    heads, tile_starts, columns = index.heads, index.tile_starts, index.columns
     group = q.shape[1] // k.shape[1]
-    kv_heads = (index.heads // group).long()
+    column_k, column_v = _gather(k, v, heads, columns, group)
+    bits = _band_bits(tile_starts, n_k)
+    if _on_hopper(q):
+        # Gluon is for Hopper only; the interpreter and other devices never import it.
+        from minference_green.kernels import band_pair
+
+        if band_pair.fits(q, k, v):
+            band_pair.attend_pairs(
+                q, k, v, column_k, column_v, out, lse, heads, tile_starts, columns, bits,
+                scale=scale, has_lse=return_lse,
+            )  # fmt: skip
+            return (out, lse) if return_lse else out
     n_tiles = triton.cdiv(n_q, TILE)
-    r0 = torch.arange(n_k - n_q, n_k, TILE, dtype=torch.int32, device=q.device)
-    r0 = r0.expand(batch, n_heads, n_tiles).contiguous()
-    n_full = torch.searchsorted(index.tile_starts, r0 - TILE, right=True, out_int32=True)
-    n_left = torch.searchsorted(index.columns, r0, out_int32=True)
-    bits = _band_bits(index.tile_starts, n_k)
+    # A tile is whole if it ends before column 0: start + TILE <= r0.
+    n_full = tile.count_below(tile_starts, n_k - n_q - TILE + 1, TILE, n_tiles)
+    n_left = tile.count_below(columns, n_k - n_q, TILE, n_tiles)
     _band_kernel[(n_tiles, n_heads, batch)](
-        q, k, v, _gather(k, kv_heads, index.columns), _gather(v, kv_heads, index.columns), out, lse,
-        index.heads, index.tile_starts, index.columns, bits, n_full, n_left,
+        q, k, v, column_k, column_v, out, lse,
+        heads, tile_starts, columns, bits, n_full, n_left,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        n_q, n_k, index.tile_starts.shape[2], index.columns.shape[2], bits.shape[2],
-        group, scale * tile.LOG2_E,
+        n_q, n_k, tile_starts.shape[2], columns.shape[2], bits.shape[2], group,
+        scale * tile.LOG2_E,
         HEAD_DIM=head_dim, DIM=tile.padded(head_dim), TILE=TILE, HAS_LSE=return_lse,
         **tile.launch_options(head_dim),
     )  # fmt: skip

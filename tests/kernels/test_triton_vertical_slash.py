@@ -9,7 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minference_green.kernels import reference
+from minference_green.kernels.band_pair import split_starts
 from minference_green.kernels.index import NONE, BandIndex
+from minference_green.kernels.tile import count_below
 from minference_green.kernels.vertical_slash import band_attention
 
 ON_GPU = torch.cuda.is_available()
@@ -213,3 +216,55 @@ def test_an_index_whose_padding_is_longer_than_its_rows_changes_nothing(
         n_k=200,
     )
     assert torch.equal(run(prompt, longer)[0], run(prompt, index)[0])
+
+
+def test_a_value_that_is_not_finite_makes_nan_of_the_rows_that_see_its_column_only(
+    dtype, make_prompt, band_index
+):
+    prompt = make_prompt(300, dtype=dtype)
+    index = band_index([[[0], [0]]], [[[5, 20], [5, 20]]], 300)
+    v = prompt.v.clone()
+    v[:, :, 20, 3] = float("inf")
+    out, _ = run(dataclasses.replace(prompt, v=v), index)
+    assert torch.isnan(out[:, :, 64:]).all()
+    assert torch.equal(out[:, :, 20:64, 3].isinf(), torch.ones_like(out[:, :, 20:64, 3]).bool())
+    assert torch.isfinite(out[:, :, :64, :3]).all()
+
+
+@pytest.mark.parametrize("n", [1, 63, 130, 300])
+def test_rows_at_odd_addresses_give_the_same_attention(
+    n, dtype, make_prompt, band_index, assert_attends
+):
+    """What the copy engine of a GPU cannot address takes another kernel."""
+    prompt = make_prompt(n, dtype=dtype)
+    odd = [torch.cat([x[..., :1], x, x[..., :7]], -1)[..., 1:65] for x in
+           (prompt.q, prompt.k, prompt.v)]  # fmt: skip
+    index = band_index([[[0, n // 2], [n // 3]]], [[[0, n - 1], [n // 2]]], n)
+    prompt = dataclasses.replace(prompt, q=odd[0], k=odd[1], v=odd[2])
+    assert_attends(prompt, index, *run(prompt, index))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    row=st.sets(st.integers(0, 600), max_size=80),
+    first=st.integers(-70, 700),
+    step=st.integers(1, 200),
+)
+def test_entries_below_each_limit_are_counted(row, first, step, padded):
+    counts = count_below(padded([[sorted(row), []]]), first, step, 5)
+    limits = [first + step * i for i in range(5)]
+    assert counts.tolist() == [[[sum(x < limit for x in row) for limit in limits], [0] * 5]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(offsets=st.sets(st.integers(0, 900), max_size=300))
+def test_starts_split_into_what_two_query_tiles_share_and_what_each_visits_alone(offsets, padded):
+    """Counted from the first tile of a pair, the second visits every start 64 earlier."""
+    starts = reference.cut_tiles(sorted(offsets))
+    shared, first, second = split_starts(padded([[starts]]))[:, 0, 0].tolist()
+    shared, first, second = ([x for x in row if x != NONE] for row in (shared, first, second))
+    assert [shared, first, second] == [sorted(x) for x in (shared, first, second)]
+    visits = {start - 64 for start in starts}
+    assert set(shared) == set(starts) & visits
+    assert set(first) == set(starts) - visits
+    assert {start - 64 for start in second} == visits - set(starts) - {-64}

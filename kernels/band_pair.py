@@ -1,0 +1,493 @@
+"""Band attention on Hopper: two neighbouring query tiles share the key tiles they both visit.
+
+At 64 rows a query tile copies 32 KiB of keys and values for 512 tensor-core cycles, more than
+the L2 cache delivers, and most of its neighbour's key tiles are the same. With T the starts of a
+head's band tiles and ``e`` counted from the first query tile of a pair, the first visits T and
+the second T - 64. Where T has a run of adjacent tiles they differ by one tile::
+
+    first tile of the pair           T:  0  64  128        640  704
+    second tile                 T - 64:  0  64       576  640
+                                         shared  first | private  second | shared | first
+
+(The second's tile at e = -64 is the first's diagonal, shared as well.) One walk serves both: the
+two diagonals, shared tiles, gathered columns, then private tiles in turn. A producer warp copies
+key tiles into a ring in shared memory, two groups of four warps consume them, one per query
+tile. Programs stay resident and take pair after pair, so that the next pair's copies run while
+this one's output is written. A ring slot is free after two arrivals, one from each group or both
+from a private tile's owner. Within a group the logits of a tile are computed beside the
+weighted values of the tile before, whose softmax hides under both.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from minference_green.kernels.index import NONE, TILE
+from minference_green.kernels.tile import LN_2, LOG2_E, count_below, padded
+
+NO_TILE = gl.constexpr(NONE)
+
+RING = 4
+"""Key tiles in shared memory. Even: private tiles in turn keep to slots of their own parity."""
+
+REGISTERS = 168
+"""At the start, for all twelve warps; the consumers then take those the producer gives up."""
+
+# The copy has another name after Triton 3.6.
+copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+
+@gluon.jit
+def _place(w, n_pairs, n_heads):
+    """Pair, listed head and batch of a piece of work; pairs with the most work first."""
+    return n_pairs - 1 - w % n_pairs, w // n_pairs % n_heads, w // n_pairs // n_heads
+
+
+@gluon.jit
+def _item(j, r0, sizes, lists_ptr, list_stride, TILE: gl.constexpr):
+    """Item ``j`` of a pair's walk: key row, column tile, is it a band tile, is it left out."""
+    n_shared, n_column_tiles, n_first, n_second = sizes
+    i = j - 2
+    column_tile = i - n_shared
+    turn = column_tile - n_column_tiles
+    is_private = turn >= 0
+    side = turn & 1
+    slot = gl.where(is_private, turn >> 1, i)
+    n_slots = gl.where(is_private, gl.where(side == 0, n_first, n_second), n_shared)
+    listed = (i >= 0) & (slot < n_slots)
+    kind = gl.where(is_private, 1 + side, 0)
+    start = gl.load(lists_ptr + kind.to(gl.int64) * list_stride + slot, listed, 0)
+    row = r0 - TILE - start + gl.where(is_private & (side == 1), TILE, 0)
+    row = gl.where(i < 0, r0 + TILE - j * TILE, row)
+    return row, column_tile, (i < n_shared) | is_private, is_private & (slot >= n_slots)
+
+
+@gluon.jit
+def _copy(desc, column_desc, slots, full, empty, t, place, row, column, is_band, left_out,
+          RING: gl.constexpr):  # fmt: skip
+    """Wait until slot ``t`` is free and start the copy into it."""
+    b, h, kv_head = place
+    s = t % RING
+    mbarrier.wait(empty.index(s), ((t // RING) & 1) ^ 1)
+    if left_out:
+        mbarrier.arrive(full.index(s), count=1)
+    else:
+        mbarrier.expect(full.index(s), desc.block_type.nbytes)
+        copy_tile(desc, [b, kv_head, row, 0], full.index(s), slots.index(s), pred=is_band)
+        copy_tile(
+            column_desc, [b, h, column, 0], full.index(s), slots.index(s), pred=is_band == 0
+        )  # fmt: skip
+
+
+@gluon.jit
+def _produce(
+    q_desc, k_desc, v_desc, column_k_desc, column_v_desc, queries, ring, heads_ptr, lists_ptr,
+    counts, n_q, n_k, n_starts, list_stride, group, n_pairs, n_heads, n_work,
+    TILE: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    """The warp that copies: query tiles and every key tile of the walk, in its order."""
+    qs, q_full, q_empty = queries
+    ks, vs, k_full, k_empty, v_full, v_empty = ring
+    shared_ptr, first_ptr, second_ptr, _, second_left_ptr = counts
+    t = 0
+    phase = 0
+    for w in range(gl.program_id(0), n_work, gl.num_programs(0)):
+        pair, h, b = _place(w, n_pairs, n_heads)
+        listed = (b * n_heads + h).to(gl.int64)
+        head = gl.load(heads_ptr + h)
+        place = (b, h, head // group)
+        r0 = n_k - n_q + pair * 2 * TILE
+        at = listed * n_pairs + pair
+        n_column_tiles = (gl.load(second_left_ptr + at) + TILE - 1) // TILE
+        n_shared = gl.load(shared_ptr + at)
+        n_first = gl.load(first_ptr + at)
+        n_second = gl.load(second_ptr + at)
+        sizes = (n_shared, n_column_tiles, n_first, n_second)
+        n_items = 2 + n_shared + n_column_tiles + 2 * gl.maximum(n_first, n_second)
+        own_lists = lists_ptr + listed * n_starts
+        for side in gl.static_range(2):
+            mbarrier.wait(q_empty.index(side), phase ^ 1)
+            mbarrier.expect(q_full.index(side), q_desc.block_type.nbytes)
+            q_row = (2 * pair + side) * TILE
+            copy_tile(q_desc, [b, head, q_row, 0], q_full.index(side), qs.index(side))
+        row, column_tile, is_band, left_out = _item(0, r0, sizes, own_lists, list_stride, TILE)
+        for j in range(n_items):
+            # The next item's place is on its way while this one waits for its slot.
+            ahead = _item(j + 1, r0, sizes, own_lists, list_stride, TILE)
+            column = column_tile * TILE
+            _copy(
+                k_desc, column_k_desc, ks, k_full, k_empty, t, place, row, column, is_band,
+                left_out, RING,
+            )  # fmt: skip
+            _copy(
+                v_desc, column_v_desc, vs, v_full, v_empty, t, place, row, column, is_band,
+                left_out, RING,
+            )  # fmt: skip
+            row, column_tile, is_band, left_out = ahead
+            t += 1
+        phase ^= 1
+
+
+@gluon.jit
+def _logits(q, ring, t, LOGITS: gl.constexpr, TILE: gl.constexpr, DIM: gl.constexpr,
+            RING: gl.constexpr):  # fmt: skip
+    """Start the product of the queries with key tile ``t``."""
+    ks, _, k_full, _, _, _ = ring
+    mbarrier.wait(k_full.index(t % RING), (t // RING) & 1)
+    zero = gl.zeros([TILE, TILE], gl.float32, LOGITS)
+    k = ks.index(t % RING).reshape([TILE, DIM]).permute((1, 0))
+    return warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _add_values(acc, weights, ring, u, TILE: gl.constexpr, DIM: gl.constexpr, RING: gl.constexpr):
+    """Start adding the weighted values of tile ``u``."""
+    _, vs, _, _, v_full, _ = ring
+    mbarrier.wait(v_full.index(u % RING), (u // RING) & 1)
+    v = vs.index(u % RING).reshape([TILE, DIM])
+    return warpgroup_mma(weights, v, acc, is_async=True)
+
+
+@gluon.jit
+def _free_values(ring, u, is_private, RING: gl.constexpr):
+    _, _, _, _, _, v_empty = ring
+    mbarrier.arrive(v_empty.index(u % RING), count=1)
+    mbarrier.arrive(v_empty.index(u % RING), count=1, pred=is_private)
+
+
+@gluon.jit
+def _pass_over(ring, t, COUNT: gl.constexpr, RING: gl.constexpr):
+    """Free a slot unread; only once it is full, or the arrival would count for its last use."""
+    _, _, k_full, k_empty, v_full, v_empty = ring
+    mbarrier.wait(k_full.index(t % RING), (t // RING) & 1)
+    mbarrier.arrive(k_empty.index(t % RING), count=COUNT)
+    mbarrier.wait(v_full.index(t % RING), (t // RING) & 1)
+    mbarrier.arrive(v_empty.index(t % RING), count=COUNT)
+
+
+@gluon.jit
+def _step(
+    t, state, q, ring, qk_scale, seen,
+    LOGITS: gl.constexpr, OUT: gl.constexpr, TILE: gl.constexpr, DIM: gl.constexpr,
+    RING: gl.constexpr, PRIVATE: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Logits of key tile ``t`` beside the weighted values of the tile before, then its softmax.
+
+    The state: accumulator, weights of the tile before, row maxima and sums, that tile and
+    whether it is private.
+    """
+    acc, weights, row_max, row_sum, u, u_private = state
+    ks, _, _, k_empty, _, _ = ring
+    logits = _logits(q, ring, t, LOGITS, TILE, DIM, RING)
+    acc = _add_values(acc, weights, ring, u, TILE, DIM, RING)
+    logits = warpgroup_mma_wait(1, deps=[logits])
+    mbarrier.arrive(k_empty.index(t % RING), count=2 if PRIVATE else 1)
+    if MASKED:
+        logits = gl.where(gl.expand_dims(seen, 0), logits, float("-inf"))
+    new_max = gl.maximum(row_max, gl.max(logits, 1) * qk_scale)
+    p = gl.exp2(logits * qk_scale - gl.expand_dims(new_max, 1))
+    shrink = gl.exp2(row_max - new_max)
+    row_sum = row_sum * shrink + gl.sum(p, 1)
+    weights = gl.convert_layout(p.to(ks.dtype), gl.DotOperandLayout(0, OUT, 2))
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    _free_values(ring, u, u_private, RING)
+    acc = acc * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, OUT)), 1)
+    return acc, weights, new_max, row_sum, t, PRIVATE
+
+
+@gluon.jit
+def _consume(
+    queries, ring, heads_ptr, starts_ptr, lists_ptr, counts, columns_ptr, bits_ptr,
+    out_ptr, lse_ptr, out_batch, out_head, out_row,
+    n_q, n_k, n_starts, list_stride, n_columns, n_words, n_pairs, n_heads, n_work, qk_scale,
+    SIDE: gl.constexpr, HEAD_DIM: gl.constexpr, DIM: gl.constexpr, TILE: gl.constexpr,
+    HAS_LSE: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    """The four warps that attend for one query tile of each pair, its first or its second."""
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    KEYS: gl.constexpr = gl.SliceLayout(0, LOGITS)
+    # Each warp holds the mask of a column tile, two columns a lane.
+    LANES: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    qs, q_full, q_empty = queries
+    _, _, _, k_empty, _, _ = ring
+    shared_ptr, first_ptr, second_ptr, first_left_ptr, second_left_ptr = counts
+    rows = gl.arange(0, TILE, gl.SliceLayout(1, LOGITS))
+    keys = gl.arange(0, TILE, KEYS)
+    lanes = gl.arange(0, TILE, LANES)
+    t = 0
+    phase = 0
+    for w in range(gl.program_id(0), n_work, gl.num_programs(0)):
+        pair, h, b = _place(w, n_pairs, n_heads)
+        listed = (b * n_heads + h).to(gl.int64)
+        head = gl.load(heads_ptr + h).to(gl.int64)
+        r0 = n_k - n_q + pair * 2 * TILE
+        own_r0 = r0 + SIDE * TILE
+        at = listed * n_pairs + pair
+        n_shared = gl.load(shared_ptr + at)
+        n_turns = gl.maximum(gl.load(first_ptr + at), gl.load(second_ptr + at))
+        n_private = gl.load((first_ptr if SIDE == 0 else second_ptr) + at)
+        n_left = gl.load((first_left_ptr if SIDE == 0 else second_left_ptr) + at)
+        n_column_tiles = (gl.load(second_left_ptr + at) + TILE - 1) // TILE
+        own_shared = lists_ptr + listed * n_starts
+        own_private = own_shared + (1 + SIDE) * list_stride
+        own_columns = columns_ptr + listed * n_columns
+        own_bits = bits_ptr + listed * n_words
+        mbarrier.wait(q_full.index(SIDE), phase)
+        q = qs.index(SIDE).reshape([TILE, DIM]).load(gl.DotOperandLayout(0, LOGITS, 2))
+        mbarrier.arrive(q_empty.index(SIDE), count=1)
+
+        # The diagonal: item 0 is the second tile's alone, item 1 the first tile's. Every row
+        # sees itself there, so its maximum is finite from here on.
+        diagonal = t + 1 - SIDE
+        logits = _logits(q, ring, diagonal, LOGITS, TILE, DIM, RING)
+        logits = warpgroup_mma_wait(0, deps=[logits])
+        mbarrier.arrive(k_empty.index(diagonal % RING), count=1 + SIDE)
+        causal = gl.expand_dims(keys, 0) <= gl.expand_dims(rows, 1)
+        logits = gl.where(causal, logits, float("-inf"))
+        row_max = gl.max(logits, 1) * qk_scale
+        p = gl.exp2(logits * qk_scale - gl.expand_dims(row_max, 1))
+        row_sum = gl.sum(p, 1)
+        weights = gl.convert_layout(p.to(qs.dtype), gl.DotOperandLayout(0, OUT, 2))
+        acc = gl.zeros([TILE, DIM], gl.float32, OUT)
+        state = (acc, weights, row_max, row_sum, diagonal, SIDE == 1)
+
+        # The second tile sees the first's diagonal tile whole if its band starts at e = 0.
+        begin = t + 2
+        if SIDE == 1:
+            if gl.load(starts_ptr + listed * n_starts, n_starts > 0, NO_TILE) == 0:
+                begin = t + 1
+            else:
+                _pass_over(ring, t + 1, 1, RING)
+        # Only the last tile of a list may reach past column 0.
+        farthest = gl.load(own_shared + n_shared - 1, n_shared > 0, 0)
+        past = gl.where(n_shared > 0, farthest + TILE - r0, 0)
+        n_past = (past > 0).to(gl.int32)
+        t += 2 + n_shared - n_past
+        for j in range(begin, t):
+            state = _step(
+                j, state, q, ring, qk_scale, 0, LOGITS, OUT, TILE, DIM, RING, False, False
+            )  # fmt: skip
+
+        column = lanes - n_past * TILE
+        left = (column >= 0) & (column < n_left)
+        e = own_r0 - 1 - gl.load(own_columns + column, left, 0)
+        word = gl.load(own_bits + (e >> 5), left, 0)
+        column += TILE
+        position = gl.load(own_columns + column, column < n_left, 0)
+        for i in range(n_past + n_column_tiles):
+            seen = left & (((word >> (e & 31)) & 1) == 0)
+            seen = seen | ((i < n_past) & (lanes >= past))
+            seen = gl.convert_layout(seen.to(gl.int32), KEYS) != 0
+            # The next tile's mask is on its way while this tile is computed.
+            left = column < n_left
+            e = own_r0 - 1 - position
+            word = gl.load(own_bits + (e >> 5), left, 0)
+            column += TILE
+            position = gl.load(own_columns + column, column < n_left, 0)
+            state = _step(
+                t + i, state, q, ring, qk_scale, seen, LOGITS, OUT, TILE, DIM, RING, False, True
+            )  # fmt: skip
+        t += n_past + n_column_tiles
+
+        farthest = gl.load(own_private + n_private - 1, n_private > 0, 0)
+        past = gl.where(n_private > 0, farthest + TILE - own_r0, 0)
+        n_whole = n_private - (past > 0).to(gl.int32)
+        for i in range(n_whole):
+            state = _step(
+                t + 2 * i + SIDE, state, q, ring, qk_scale, 0,
+                LOGITS, OUT, TILE, DIM, RING, True, False,
+            )  # fmt: skip
+        for i in range(n_whole, n_private):
+            state = _step(
+                t + 2 * i + SIDE, state, q, ring, qk_scale, keys >= past,
+                LOGITS, OUT, TILE, DIM, RING, True, True,
+            )  # fmt: skip
+
+        acc, weights, row_max, row_sum, u, u_private = state
+        acc = _add_values(acc, weights, ring, u, TILE, DIM, RING)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        _free_values(ring, u, u_private, RING)
+        for i in range(n_private, n_turns):
+            _pass_over(ring, t + 2 * i + SIDE, 2, RING)
+        t += 2 * n_turns
+        phase ^= 1
+
+        out = acc / gl.expand_dims(gl.convert_layout(row_sum, gl.SliceLayout(1, OUT)), 1)
+        out = gl.convert_layout(out.to(out_ptr.dtype.element_ty), STORE)
+        m0 = (2 * pair + SIDE) * TILE
+        out_rows = m0 + gl.arange(0, TILE, gl.SliceLayout(1, STORE))
+        dims = gl.arange(0, DIM, gl.SliceLayout(0, STORE))
+        out_at = b.to(gl.int64) * out_batch + head * out_head
+        out_at += gl.expand_dims(out_rows.to(gl.int64) * out_row, 1) + gl.expand_dims(dims, 0)
+        kept = gl.expand_dims(out_rows < n_q, 1) & gl.expand_dims(dims < HEAD_DIM, 0)
+        gl.store(out_ptr + out_at, out, kept)
+        if HAS_LSE:
+            lse = (row_max + gl.log2(row_sum)) * LN_2
+            gl.store(lse_ptr + listed * n_q + m0 + rows, lse, m0 + rows < n_q)
+
+
+@gluon.jit(
+    do_not_specialize=(
+        "n_q", "n_k", "n_starts", "list_stride", "n_columns", "n_words", "group", "n_pairs",
+        "n_heads", "n_work",
+    )
+)  # fmt: skip
+def _pair_kernel(
+    q_desc, k_desc, v_desc, column_k_desc, column_v_desc, out_ptr, lse_ptr,
+    heads_ptr, starts_ptr, lists_ptr, shared_ptr, first_ptr, second_ptr, first_left_ptr,
+    second_left_ptr, columns_ptr, bits_ptr,
+    out_batch: gl.int64, out_head: gl.int64, out_row: gl.int64,
+    n_q, n_k, n_starts, list_stride, n_columns, n_words, group, n_pairs, n_heads, n_work, qk_scale,
+    HEAD_DIM: gl.constexpr, DIM: gl.constexpr, TILE: gl.constexpr, HAS_LSE: gl.constexpr,
+    RING: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = k_desc.dtype
+    qs = gl.allocate_shared_memory(dtype, [2, 1, 1, TILE, DIM], q_desc.layout)
+    ks = gl.allocate_shared_memory(dtype, [RING, 1, 1, TILE, DIM], k_desc.layout)
+    vs = gl.allocate_shared_memory(dtype, [RING, 1, 1, TILE, DIM], v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(2):
+        mbarrier.init(q_full.index(s), count=1)
+        mbarrier.init(q_empty.index(s), count=1)
+    for s in gl.static_range(RING):
+        mbarrier.init(k_full.index(s), count=1)
+        mbarrier.init(k_empty.index(s), count=2)
+        mbarrier.init(v_full.index(s), count=1)
+        mbarrier.init(v_empty.index(s), count=2)
+    fence_async_shared()
+    queries = (qs, q_full, q_empty)
+    ring = (ks, vs, k_full, k_empty, v_full, v_empty)
+    counts = (shared_ptr, first_ptr, second_ptr, first_left_ptr, second_left_ptr)
+    gl.warp_specialize([
+        (_consume, (
+            queries, ring, heads_ptr, starts_ptr, lists_ptr, counts, columns_ptr, bits_ptr,
+            out_ptr, lse_ptr, out_batch, out_head, out_row, n_q, n_k, n_starts, list_stride,
+            n_columns, n_words, n_pairs, n_heads, n_work, qk_scale,
+            0, HEAD_DIM, DIM, TILE, HAS_LSE, RING,
+        )),
+        (_consume, (
+            queries, ring, heads_ptr, starts_ptr, lists_ptr, counts, columns_ptr, bits_ptr,
+            out_ptr, lse_ptr, out_batch, out_head, out_row, n_q, n_k, n_starts, list_stride,
+            n_columns, n_words, n_pairs, n_heads, n_work, qk_scale,
+            1, HEAD_DIM, DIM, TILE, HAS_LSE, RING,
+        )),
+        (_produce, (
+            q_desc, k_desc, v_desc, column_k_desc, column_v_desc, queries, ring, heads_ptr,
+            lists_ptr, counts, n_q, n_k, n_starts, list_stride, group, n_pairs, n_heads, n_work,
+            TILE, RING,
+        )),
+    ], [4, 1], [240, 24])  # fmt: skip
+
+
+@triton.jit(do_not_specialize=("n_starts", "list_stride"))
+def _split_kernel(
+    starts_ptr, lists_ptr, n_starts, list_stride, TILE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One head's tile starts as three ascending lists: shared, first's own, second's own."""
+    row = tl.program_id(0).to(tl.int64) * n_starts
+    starts_ptr += row
+    lists_ptr += row
+    n_shared = 0
+    n_first = 0
+    n_second = 0
+    for begin in range(0, n_starts, BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        start = tl.load(starts_ptr + i, i < n_starts, NO_TILE)
+        before = tl.load(starts_ptr + i - 1, (i > 0) & (i < n_starts), -TILE)
+        after = tl.load(starts_ptr + i + 1, i + 1 < n_starts, NO_TILE)
+        real = start != NO_TILE
+        shared = (real & (after - start == TILE)).to(tl.int32)
+        first = (real & (after - start != TILE)).to(tl.int32)
+        # The second's tile before start 0 would be the first's diagonal: shared as well.
+        second = (real & (start - before != TILE)).to(tl.int32)
+        tl.store(lists_ptr + n_shared + tl.cumsum(shared, 0) - 1, start, shared != 0)
+        tl.store(lists_ptr + list_stride + n_first + tl.cumsum(first, 0) - 1, start, first != 0)
+        own = lists_ptr + 2 * list_stride + n_second + tl.cumsum(second, 0) - 1
+        tl.store(own, start, second != 0)
+        n_shared += tl.sum(shared)
+        n_first += tl.sum(first)
+        n_second += tl.sum(second)
+
+
+def split_starts(tile_starts: Tensor) -> Tensor:
+    """Tile starts as int32 ``[3, B, H, T]``, each list ascending and padded with ``NONE``.
+
+    Starts whose next tile is adjacent (both query tiles of a pair visit it), starts without a
+    next (the first's own), starts without an adjacent tile before, other than 0 (the second's).
+    """
+    lists = torch.full((3, *tile_starts.shape), NONE, dtype=torch.int32, device=tile_starts.device)
+    batch, n_heads, n_starts = tile_starts.shape
+    if n_starts:
+        _split_kernel[(batch * n_heads,)](
+            tile_starts, lists, n_starts, lists.stride(0), TILE=TILE, BLOCK=1024, num_warps=8
+        )
+    return lists
+
+
+def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether this kernel takes these tensors: head_dim up to 128, rows the copy can address."""
+    copyable = all(
+        x.data_ptr() % 16 == 0
+        and all(x.stride(d) * x.element_size() % 16 == 0 for d in range(3) if x.shape[d] > 1)
+        for x in (q, k, v)
+    )
+    return q.shape[3] <= 128 and copyable
+
+
+def _describe(x: Tensor) -> TensorDescriptor:
+    """Descriptor of ``[B, H, N, D]`` that copies ``TILE`` rows of one head, zeros outside."""
+    # A dimension of one is never stepped over, so its stride may be anything: make it legal.
+    step = x.element_size() * 16
+    strides = [step if x.shape[d] == 1 else x.stride(d) for d in range(3)]
+    block = [1, 1, TILE, padded(x.shape[3])]
+    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[x.dtype]
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
+
+
+def attend_pairs(
+    q: Tensor, k: Tensor, v: Tensor, column_k: Tensor, column_v: Tensor, out: Tensor, lse: Tensor,
+    heads: Tensor, tile_starts: Tensor, columns: Tensor, bits: Tensor, *, scale: float,
+    has_lse: bool,
+) -> None:  # fmt: skip
+    """Launch; arguments as :func:`vertical_slash.band_attention` checked and prepared them."""
+    batch, _, n_q, head_dim = q.shape
+    n_k, n_heads = k.shape[2], len(heads)
+    n_pairs = triton.cdiv(n_q, 2 * TILE)
+    r0 = n_k - n_q
+    lists = split_starts(tile_starts)
+    counts = (
+        count_below(lists[0], r0, 2 * TILE, n_pairs),
+        count_below(lists[1], r0, 2 * TILE, n_pairs),
+        count_below(lists[2], r0 + TILE, 2 * TILE, n_pairs),
+        count_below(columns, r0, 2 * TILE, n_pairs),
+        count_below(columns, r0 + TILE, 2 * TILE, n_pairs),
+    )
+    n_work = n_pairs * n_heads * batch
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    _pair_kernel[(min(n_work, processors),)](
+        *(_describe(x) for x in (q, k, v, column_k, column_v)), out, lse,
+        heads, tile_starts, lists, *counts, columns, bits, *out.stride()[:3],
+        n_q, n_k, tile_starts.shape[2], lists.stride(0), columns.shape[2], bits.shape[2],
+        q.shape[1] // k.shape[1], n_pairs, n_heads, n_work, scale * LOG2_E,
+        HEAD_DIM=head_dim, DIM=padded(head_dim), TILE=TILE, HAS_LSE=has_lse, RING=RING,
+        num_warps=4, maxnreg=REGISTERS,
+    )  # fmt: skip
