@@ -40,14 +40,26 @@ def kernel_hash() -> str:
 def code_version() -> tuple[str | None, bool | None]:
     """Commit this package runs from and whether the tree has changes; null outside a checkout."""
     root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None, None
+    # An installed package may lie inside somebody else's repository.
+    return repository_state(root) if (root / ".git").exists() else (None, None)
+
+
+def repository_state(directory: Path) -> tuple[str | None, bool | None]:
+    """Commit of the repository around ``directory``, and whether its tree has changes."""
     try:
-        commit = _git(root, "rev-parse", "HEAD")
-        dirty = bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
+        commit = _git(directory, "rev-parse", "HEAD")
+        dirty = bool(_git(directory, "status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         return None, None
     return commit, dirty
+
+
+def commits_since(commit: str, directory: Path) -> int | None:
+    """Commits between ``commit`` and where ``directory`` stands; null if it is unknown there."""
+    try:
+        return int(_git(directory, "rev-list", "--count", f"{commit}..HEAD"))
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -1,6 +1,7 @@
 """Records and runs that tests of several folders need."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from minference_green.results import (
     Event,
     Fingerprint,
     Header,
+    Journal,
     MethodSpec,
     Observation,
     Plan,
@@ -240,6 +242,23 @@ def build_run(
 def make_run() -> Callable[..., Run]:
     """:func:`build_run`, for tests that state their own figures."""
     return build_run
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Callable[..., Path]:
+    """Write a run to disk as the measuring loop does; returns its directory."""
+
+    def write(run: Run, name: str = "", *, seal: bool = True) -> Path:
+        directory = tmp_path / "runs" / (name or run.header.run_id)
+        named = run.header.model_copy(update={"run_id": directory.name})
+        with Journal(directory) as journal:
+            for event in (named, *run.events):
+                journal.append(event)
+            if seal:
+                journal.seal()
+        return directory
+
+    return write
 
 
 @pytest.fixture

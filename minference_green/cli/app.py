@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import minference_green
-from minference_green.cli import report, run
+from minference_green.cli import baseline, compare, report, run
 from minference_green.errors import GreenBenchError
 
 EXIT_CODES = """\
@@ -28,6 +28,8 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("report")(report.report)
+app.command("compare")(compare.compare)
+app.add_typer(baseline.app, name="baseline")
 
 
 def _version(wanted: bool) -> None:

@@ -1,6 +1,8 @@
 """A verdict in lines of text, each change with the arm that moved."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
 
 from minference_green.render.numbers import ABSENT, percent, significant
 from minference_green.verdict import Criterion, CriterionName, Outcome, Verdict
@@ -19,6 +21,15 @@ _WORDS: dict[CriterionName, str] = {
 def lines(verdict: Verdict) -> tuple[str, ...]:
     """The outcome, every criterion, what changed between the runs, and what to do next."""
     return tuple(_lines(verdict))
+
+
+def as_dict(verdict: Verdict) -> dict[str, Any]:
+    """The verdict for programs: tokens and full precision, beside the lines for people."""
+    return asdict(verdict) | {
+        "exit_code": int(verdict.exit_code),
+        "reasons": sorted({c.reason for c in verdict.criteria if c.judged}),
+        "lines": lines(verdict),
+    }
 
 
 def _lines(verdict: Verdict) -> Iterator[str]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from minference_green.cli.app import main
+
 SMALL = (
     "--model", "planted:tiny", "--context", "300", "--window", "0.2s", "--warmup", "0.1s",
     "--blocks", "2", "--device", "cpu",
@@ -88,6 +90,29 @@ def green_bench(start: Callable[..., subprocess.Popen[str]]) -> GreenBench:
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return call
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """``green-bench`` in this process, from an empty directory: exit code, stdout, stderr."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+
+    def begin(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["green-bench", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return begin
 
 
 @pytest.fixture(scope="session")
