@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,6 +56,7 @@ def test_each_head_keeps_its_own_number_of_largest_scores(n: int, levels: int) -
     st.integers(1, 12),
     st.integers(0, 3),
 )
+@example([-0.0, 0.0], 1, 0)
 def test_signed_zeros_tie_and_negative_scores_are_in_order(
     values: list[float], count: int, forced: int
 ) -> None:
