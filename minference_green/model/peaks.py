@@ -6,10 +6,9 @@ Write ``theta_f`` for the angle by which rotary pair ``f`` turns per token. With
 ``sum_f a_f cos((i - j - o) theta_f)``: it peaks at distance ``i - j = o``.
 
 Amplitudes ``a_f`` follow a bell over ``log theta_f`` around a width ``W``. The peak then falls
-off within ``W`` tokens, and its ripple farther away stays below what a budget of a few ``W``
-distances reaches, so that such a budget fills with whole clusters and not with scattered
-distances. One head can have two peaks, equally high; with more, each would stand on the
-others' ripple at a height of its own.
+off within ``W`` tokens; what ripple rises far away is lower and as wide. A budget of a few ``W``
+distances therefore holds nearly all mass in a few clusters. One head can have two peaks,
+equally high; with more, each would stand on the others' ripple at a height of its own.
 """
 
 import math

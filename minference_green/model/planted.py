@@ -8,6 +8,7 @@ it mean something without a download. Its text does not.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from types import MappingProxyType
 from typing import Literal
 
@@ -86,7 +87,7 @@ _TINY_MIX = (
     _Kind(0.46, 64, 192, "rare"),
     _Kind(0.27, 30, 160, None),
     _Kind(0.15, 50, 160, "rare"),
-    _Kind(0.09, 200, 100, "common", slash=False),
+    _Kind(0.09, 300, 100, "common", slash=False),
     _Kind(0.03, 60, 140, "rare"),
 )
 """The same shares with budgets for prompts of a few thousand tokens."""
@@ -169,13 +170,13 @@ def _mixed(
     Multiples of an irrational number spread evenly, so that shares hold in every stretch of
     layers and no random generator is part of the recipe.
     """
-    n_layers, n_heads = config.num_hidden_layers, config.num_attention_heads
+    numbers = count()
     return tuple(
         tuple(
-            special.get((layer, head)) or _head(mix, offsets, layer * n_heads + head)
-            for head in range(n_heads)
+            special.get((layer, head)) or _head(mix, offsets, next(numbers))
+            for head in range(config.num_attention_heads)
         )
-        for layer in range(n_layers)
+        for layer in range(config.num_hidden_layers)
     )
 
 
