@@ -6,7 +6,7 @@ holds the model; the meters, the run file and Ctrl-C belong to the parent.
 
 import secrets
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -19,6 +19,7 @@ import minference_green
 from minference_green import fingerprint
 from minference_green.carbon import terms
 from minference_green.channel import Message, WorkerProcess
+from minference_green.diagnosis import Diagnosis, cache_directory, stored
 from minference_green.errors import (
     ExitCode,
     GreenBenchError,
@@ -34,6 +35,7 @@ from minference_green.results import (
     BlockDone,
     Device,
     DeviceState,
+    DoctorMark,
     Event,
     Extension,
     Fingerprint,
@@ -234,6 +236,8 @@ class _Experiment:
         self.events: list[Event] = list(so_far.events) if so_far else []
         self.progress = progress
         self.meters: list[Meter] = []
+        self.diagnoses: list[Diagnosis] = []
+        """What the doctor last found of the devices read."""
 
     def run(self) -> None:
         """Every block still missing, each in a worker of its own."""
@@ -337,6 +341,17 @@ class _Experiment:
                 gpu_uuids=_gpus(device),
                 allow_shared=self.request.allow_shared,
             )
+            self.diagnoses = _diagnoses(self.meters)
+
+    @property
+    def distrusted(self) -> dict[str, str]:
+        """Why readings of a device are disputed, by device."""
+        return {
+            d.device: f"green-bench doctor of {d.created_at} failed on {d.device}: "
+            f"{', '.join(d.failing)}; see its advice, then run it again"
+            for d in self.diagnoses
+            if d.failing
+        }
 
     def identify(self, device: Message, loaded: Message) -> None:
         """Write the header, or refuse to go on with a run whose ground has changed."""
@@ -381,6 +396,15 @@ class _Experiment:
             code_dirty=dirty,
             cpu=fingerprint.cpu_name(),
             hostname_hash=fingerprint.hostname_hash(),
+            doctor=tuple(
+                DoctorMark(
+                    device=d.device,
+                    created_at=d.created_at,
+                    outcome=d.outcome,
+                    failing=d.failing,
+                )
+                for d in self.diagnoses
+            ),
         )
 
 
@@ -469,7 +493,12 @@ class _Conversation:
     def _end(self, message: Message) -> tuple[Reading, ...]:
         start, end = message["start"], message["end"]
         # In the list's order, the host last: a GPU's edges must lie as near the work as can be.
-        return tuple(r for m in self.experiment.meters for r in m.end(start, end))
+        readings = (r for m in self.experiment.meters for r in m.end(start, end))
+        disputed = {"disputed": True}
+        return tuple(
+            r.model_copy(update=disputed) if r.device in self.experiment.distrusted else r
+            for r in readings
+        )
 
     def _state(self) -> tuple[DeviceState, ...]:
         return tuple(s for m in self.experiment.meters for s in m.state())
@@ -493,7 +522,14 @@ class _Conversation:
         self.unread_windows = self.unread_windows + 1 if unread else 0
         after = self._state()
         seconds = message["end"] - message["start"]
-        valid, reasons = doubts(seconds, message["device_seconds"], readings, self.before, after)
+        valid, reasons = doubts(
+            seconds,
+            message["device_seconds"],
+            readings,
+            self.before,
+            after,
+            self.experiment.distrusted,
+        )
         return Window(
             block=self.block,
             order=message["order"],
@@ -520,6 +556,13 @@ class WorkerError(GreenBenchError):
     def __init__(self, message: str, exit_code: ExitCode) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def _diagnoses(meters: Sequence[Meter]) -> list[Diagnosis]:
+    """What the doctor last found of the GPUs read, under the driver they have now."""
+    gpus = [d for m in meters for d in m.devices if d.uuid]
+    found = [(gpu, stored(str(gpu.uuid), cache_directory())) for gpu in gpus]
+    return [d for gpu, d in found if d and d.driver == gpu.driver]
 
 
 def _gpus(device: Message) -> list[str]:

@@ -1,8 +1,11 @@
 """JSON lines between the run's parent process and the worker that holds the model."""
 
 import contextlib
+import ctypes
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +38,13 @@ class Channel:
         message: Message = json.loads(line)
         return message
 
+    def waiting(self) -> bool:
+        """Whether the other side has said something, or closed, that :meth:`receive` would give.
+
+        Holds in a conversation of question and answer, where no second message is buffered.
+        """
+        return bool(select.select([self._reader], [], [], 0)[0])
+
     def ask(self, type_: str, **fields: Any) -> Message:
         """Send one message and wait for the answer; raises ``EOFError`` if none comes."""
         self.send(type_, **fields)
@@ -54,6 +64,14 @@ class Channel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def die_with_parent() -> None:
+    """Ask Linux to end this process with its parent, even one killed with SIGKILL."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() == 1:
+        sys.exit(1)
 
 
 class WorkerProcess:

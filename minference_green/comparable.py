@@ -116,6 +116,7 @@ def _soft(run: Run) -> dict[str, str]:
     ]
     return {
         "driver": " + ".join(d.driver for d in print_.devices if d.driver) or "unknown",
+        "doctor": " + ".join(d.outcome for d in print_.doctor) or "not examined",
         "cpu": print_.cpu,
         "host": print_.hostname_hash,
         "start temperature": " + ".join(f"{c:.0f} C" for c in celsius) or "unknown",

@@ -86,6 +86,17 @@ class Device(Record):
     driver: str | None = None
 
 
+class DoctorMark(Record):
+    """What ``green-bench doctor`` last found of a device, before the run."""
+
+    device: str
+    created_at: str
+    outcome: str
+    """``OK``, ``WARN`` or ``FAIL``."""
+    failing: tuple[str, ...] = ()
+    """Checks that failed; windows read on the device are disputed then."""
+
+
 class Fingerprint(Record):
     """What a figure depends on. Hard keys make joules incomparable, subject keys are judged."""
 
@@ -104,6 +115,8 @@ class Fingerprint(Record):
     code_dirty: bool | None
     cpu: str = ""
     hostname_hash: str = ""
+    doctor: tuple[DoctorMark, ...] = ()
+    """Devices that were examined; empty says that none was."""
 
 
 class EmissionFactor(Record):

@@ -1,6 +1,7 @@
 """When a window counts: rules that look at one window and nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from minference_green.results import DeviceState, Reading
 
@@ -24,8 +25,12 @@ def doubts(
     readings: Sequence[Reading],
     before: Sequence[DeviceState],
     after: Sequence[DeviceState],
+    distrusted: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[bool, tuple[str, ...]]:
-    """Whether a window is valid, and every reason to doubt it, each with what to do."""
+    """Whether a window is valid, and every reason to doubt it, each with what to do.
+
+    ``distrusted`` says why a device's readings are disputed whatever they show.
+    """
     invalid: list[str] = []
     marks: list[str] = []
     if device_seconds is not None:
@@ -46,7 +51,9 @@ def doubts(
     for reading in readings:
         if reading.joules is None and reading.headline:
             invalid.append(reading.reason or f"{reading.device} gave no joules")
-        if reading.disputed:
+        if reading.device in distrusted:
+            marks.append(f"disputed: {distrusted[reading.device]}")
+        elif reading.disputed:
             marks.append(f"disputed: counter and sampled power disagree on {reading.device}")
     if seconds < SHORT_WINDOW_SECONDS:
         marks.append(f"short: {seconds:.2f} s, below {SHORT_WINDOW_SECONDS:g} s; raise --window")

@@ -4,11 +4,8 @@ It runs what the parent lets it run and reports when. It neither reads energy no
 run file; the parent does both, so that a killed worker loses nothing.
 """
 
-import ctypes
 import gc
 import math
-import os
-import signal
 import sys
 import time
 import traceback
@@ -22,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minference_green.channel import Channel
+from minference_green.channel import Channel, die_with_parent
 from minference_green.errors import GreenBenchError, UsageError
 from minference_green.methods.choose import method_from_name
 from minference_green.methods.dense import BackendTimings, Dense, time_backends
@@ -172,7 +169,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 def main(read_fd: int, write_fd: int) -> int:
     """Serve one block over the channel; the exit code is 0 unless the parent went away."""
-    _die_with_parent()
+    die_with_parent()
     with Channel(read_fd, write_fd) as channel:
         first = channel.receive()
         if first is None:
@@ -192,14 +189,6 @@ def main(read_fd: int, write_fd: int) -> int:
     return 0
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end this process with its parent, even one killed with SIGKILL."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() == 1:
-        sys.exit(1)
-
-
 def serve(channel: Channel, task: Task, device: torch.device) -> None:
     """Load, prepare every cell, observe, settle, measure: the block from start to end."""
     began = time.monotonic()
@@ -211,10 +200,12 @@ def serve(channel: Channel, task: Task, device: torch.device) -> None:
         allow_longer=task.allow_longer,
     )
     methods = _methods(task, model)
+    # Lengths the model refuses end the run before it has a file.
+    prompts = {n: model.prompt(task.workload, n) for n in task.workload.context_lengths}
     loaded = time.monotonic()
     channel.ask("loaded", **_identity(model, methods), seconds=loaded - began)
     _note_dense_layers(channel, task, model)
-    cells = _prepare(channel, task, model, methods)
+    cells = _prepare(channel, task, model, methods, prompts)
     synchronize(device)
     channel.ask(
         "prepared", start=began, end=time.monotonic(), warmup_seconds=time.monotonic() - loaded
@@ -274,12 +265,15 @@ def _note_dense_layers(channel: Channel, task: Task, model: LoadedModel) -> None
 
 
 def _prepare(
-    channel: Channel, task: Task, model: LoadedModel, methods: dict[str, PrefillMethod]
+    channel: Channel,
+    task: Task,
+    model: LoadedModel,
+    methods: dict[str, PrefillMethod],
+    prompts: dict[int, Tensor],
 ) -> dict[tuple[int, str], Cell]:
     """Compile and warm every arm at every length once; a cell that does not fit is skipped."""
     cells: dict[tuple[int, str], Cell] = {}
-    for length in task.workload.context_lengths:
-        ids = model.prompt(task.workload, length)
+    for length, ids in prompts.items():
         try:
             dense = _choose_dense(channel, task, model, ids, methods)
         except torch.OutOfMemoryError as error:

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 from minference_green.meters.clock import Clock
 from minference_green.meters.device import SIMULATED, Conditions, GpuInfo, PowerField
+from minference_green.meters.evidence import Sample
 from minference_green.meters.faults import (
     DeviceLostError,
     NoCounterError,
@@ -244,6 +245,10 @@ class SimulatedGpu:
         moment = self._answer()
         if power_field not in self.spec.power_fields:
             raise NoPowerError(self.spec.uuid)
+        return self.watts_as_of(moment, power_field)
+
+    def watts_as_of(self, moment: float, power_field: PowerField) -> float:
+        """What the power reading shows, or showed, at a moment of the device's own time."""
         updated = math.floor(moment / PERIOD_SECONDS) * PERIOD_SECONDS
         noise = self._uniform("power", updated) * self.spec.power_noise_watts
         if power_field == "instant":
@@ -328,6 +333,30 @@ class SimulatedGpu:
     def _uniform(self, what: str, key: float) -> float:
         """The same number in -1..1 for the same key, in every process."""
         return random.Random(f"{self.spec.seed} {what} {key}").uniform(-1, 1)  # noqa: S311
+
+
+class SimulatedPower:
+    """Sampled power of simulated GPUs, computed for any time asked; see ``sampler.PowerSource``.
+
+    For virtual time, in which no other process can live.
+    """
+
+    problem: str | None = None
+
+    def __init__(self, gpus: Sequence[SimulatedGpu], period_seconds: float) -> None:
+        self._gpus, self._period = gpus, period_seconds
+
+    def samples(self, device: int, start: float, end: float) -> list[Sample]:
+        """One sample a period, from the last before ``start`` to the first after ``end``."""
+        gpu = self._gpus[device]
+        field = gpu.info.power_field
+        assert field is not None
+        ticks = range(math.floor(start / self._period), math.floor(end / self._period) + 2)
+        moments = [i * self._period for i in ticks]
+        return [Sample(t, gpu.watts_as_of(t - gpu.origin, field)) for t in moments]
+
+    def close(self) -> None:
+        """Nothing to stop."""
 
 
 def load_specs(path: Path) -> list[GpuSpec]:
