@@ -57,6 +57,9 @@ from minference_green.results import (
 from minference_green.validity import doubts
 from minference_green.workload import SYNTHETIC, Workload, format_length
 
+LOG_NAME = "worker.log"
+"""What the worker printed, beside the run file."""
+
 IDLE_SECONDS = 2.0
 """Longest idle interval before and after a block."""
 
@@ -148,13 +151,16 @@ class InterruptedRunError(GreenBenchError):
 
     exit_code = ExitCode.INTERRUPTED
 
-    def __init__(self, directory: Path, has_windows: bool) -> None:
-        super().__init__(
-            f"interrupted; finished windows are kept. Go on with: "
+    def __init__(self, directory: Path, run: Sequence[Event], *, started: bool) -> None:
+        go_on = (
+            "finished windows are kept. Go on with: "
             f"green-bench run --resume {directory.name} --output {directory.parent}"
+            if started
+            else "nothing had been measured yet"
         )
+        super().__init__(f"interrupted; {go_on}")
         self.directory = directory
-        self.has_windows = has_windows
+        self.has_windows = any(isinstance(e, Window) for e in run)
 
 
 def run(request: Request, output: Path, progress: Progress) -> Path:
@@ -209,12 +215,13 @@ def _continue(directory: Path, progress: Progress, extension: tuple[int, str] | 
 
 
 def _remove_if_empty(directory: Path) -> None:
-    """Leave nothing behind of a run that failed before its first record."""
-    file = directory / FILE_NAME
-    if file.exists() and file.stat().st_size == 0:
-        for path in directory.iterdir():
-            path.unlink()
-        directory.rmdir()
+    """Leave nothing behind of a run that failed before its first record, but a traceback."""
+    file, log = directory / FILE_NAME, directory / LOG_NAME
+    if file.stat().st_size > 0 or (log.exists() and "Traceback" in log.read_text()):
+        return
+    for path in directory.iterdir():
+        path.unlink()
+    directory.rmdir()
 
 
 class _Experiment:
@@ -248,8 +255,8 @@ class _Experiment:
             if not (self.events and isinstance(self.events[-1], Seal)):
                 self.events.append(self.journal.seal())
         except KeyboardInterrupt:
-            has_windows = any(isinstance(e, Window) for e in self.events)
-            raise InterruptedRunError(self.directory, has_windows) from None
+            started = self.header is not None
+            raise InterruptedRunError(self.directory, self.events, started=started) from None
         finally:
             for meter in self.meters:
                 meter.close()
@@ -280,7 +287,7 @@ class _Experiment:
     def _run_block(self) -> None:
         # A block cut short is measured anew under its number; readers take its last start.
         block = self.blocks_done
-        worker = WorkerProcess("minference_green.worker", self.directory / "worker.log")
+        worker = WorkerProcess("minference_green.worker", self.directory / LOG_NAME)
         conversation = _Conversation(self, block, worker)
         try:
             conversation.serve()

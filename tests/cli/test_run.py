@@ -154,6 +154,22 @@ def test_ctrl_c_leaves_a_usable_run_that_resume_completes(
     assert run.windows[: len(before)] == before
 
 
+def test_ctrl_c_before_the_first_window_says_so_and_leaves_nothing(
+    start: Start, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    process = start("run", *small, "--output", tmp_path)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("*/worker.log")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "nothing had been measured yet" in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert not list(tmp_path.iterdir())
+
+
 def test_kill_9_loses_no_finished_window_and_leaves_no_orphan(
     start: Start, green_bench: GreenBench, small: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -296,7 +312,7 @@ def test_a_worker_the_system_kills_costs_its_cell_and_no_more(
         (["--meter", "simulated:none.json"], 2, "none.json"),
     ],
 )
-def test_what_only_the_worker_can_refuse_ends_in_one_sentence_and_leaves_nothing(
+def test_what_only_the_worker_can_refuse_ends_in_one_sentence_and_leaves_no_litter(
     green_bench: GreenBench,
     small: tuple[str, ...],
     tmp_path: Path,
@@ -309,6 +325,11 @@ def test_what_only_the_worker_can_refuse_ends_in_one_sentence_and_leaves_nothing
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    kept = [p.name for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    if "worker.log" in done.stderr:
+        assert sorted(kept) == ["run.jsonl", "worker.log"]
+    else:
+        assert not kept
 
 
 def test_two_runs_in_one_output_directory_do_not_meet(
