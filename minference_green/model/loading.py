@@ -38,7 +38,7 @@ EMBEDDED_SHAPE = "tiny"
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -152,7 +152,7 @@ def load(
         if spec.startswith("planted:"):
             return _planted(spec, spec.removeprefix("planted:"), device, dtype, seed, allow_longer)
         path = Path(spec).expanduser()
-        if path.is_dir():
+        if spec and path.is_dir():
             return _trained(spec, path, device, dtype, allow_longer)
         if _HUB_ID.fullmatch(spec):
             return _trained(spec, _download(spec), device, dtype, allow_longer)
@@ -220,12 +220,15 @@ def _trained(
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
+                # Both kinds of wrong tensor are then reported, and refused below.
+                ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         raise UsageError(f"transformers cannot load {directory}: {_first_line(error)}") from error
     model, info = loaded
-    wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    misshaped = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    wrong = sorted([*info["missing_keys"], *misshaped])
     if wrong:
         raise UsageError(
             f"the weights in {directory} lack or misshape {len(wrong)} of the tensors that "
