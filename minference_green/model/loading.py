@@ -9,26 +9,26 @@
 """
 
 import hashlib
-import json
 import re
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from minference_green.errors import UsageError
 from minference_green.methods.patterns import Patterns
+from minference_green.model.directory import (
+    check_config,
+    download,
+    first_line,
+    quiet,
+    revision_of,
+    weight_files,
+)
 from minference_green.model.planted import SHAPES
 from minference_green.model.planting import RECIPE, plant
 from minference_green.workload import Workload, synthetic_tokens
@@ -36,10 +36,7 @@ from minference_green.workload import Workload, synthetic_tokens
 EMBEDDED_SHAPE = "tiny"
 """The planted shape that ``embedded`` stands for."""
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -119,16 +116,16 @@ class LoadedModel:
                 f"{self.spec} has no tokenizer, so it cannot read a text; use --prompt synthetic"
             )
         try:
-            with _quiet():
+            with quiet():
                 tokenizer = AutoTokenizer.from_pretrained(
                     self.directory, local_files_only=True, trust_remote_code=False
                 )
+                ids: list[int] = tokenizer(text)["input_ids"]
         except (OSError, ValueError, ImportError, TypeError, AttributeError) as error:
             raise UsageError(
-                f"no usable tokenizer in {self.directory} ({_first_line(error)}); "
+                f"no usable tokenizer in {self.directory} ({first_line(error)}); "
                 "add the model's tokenizer.json, or use --prompt synthetic"
             ) from error
-        ids: list[int] = tokenizer(text)["input_ids"]
         return ids
 
 
@@ -155,10 +152,10 @@ def load(
         if spec and path.is_dir():
             return _trained(spec, path, device, dtype, allow_longer)
         if _HUB_ID.fullmatch(spec):
-            return _trained(spec, _download(spec), device, dtype, allow_longer)
+            return _trained(spec, download(spec), device, dtype, allow_longer)
     except torch.OutOfMemoryError as error:
         raise UsageError(
-            f"{spec} does not fit on {device}: {_first_line(error)}; "
+            f"{spec} does not fit on {device}: {first_line(error)}; "
             "free the device, or choose a smaller model or --dtype bfloat16"
         ) from error
     raise UsageError(
@@ -189,31 +186,13 @@ def _planted(
     )
 
 
-def _download(spec: str) -> Path:
-    """The hub's snapshot of a model; only weights, configuration and tokenizer."""
-    try:
-        return Path(
-            snapshot_download(
-                spec,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"],
-                ignore_patterns=["*/*", "consolidated*"],
-            )
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UsageError(
-            f"cannot get {spec!r} from the hub ({_first_line(error)}), and there is no such "
-            "directory; check the name, log in if it is gated, or download it first and give "
-            "the directory"
-        ) from error
-
-
 def _trained(
     spec: str, directory: Path, device: torch.device, dtype: torch.dtype, allow_longer: bool
 ) -> LoadedModel:
-    _check_config(directory)
-    files = _weight_files(directory)
+    check_config(directory)
+    files = weight_files(directory)
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
                 dtype=dtype,
@@ -225,7 +204,7 @@ def _trained(
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        raise UsageError(f"transformers cannot load {directory}: {_first_line(error)}") from error
+        raise UsageError(f"transformers cannot load {directory}: {first_line(error)}") from error
     model, info = loaded
     misshaped = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     wrong = sorted([*info["missing_keys"], *misshaped])
@@ -238,7 +217,7 @@ def _trained(
     return _loaded(
         model.to(device).eval(),
         spec=spec,
-        revision=_revision(directory, files),
+        revision=revision_of(directory, files),
         weights="trained",
         patterns=None,
         allow_longer=allow_longer,
@@ -271,92 +250,3 @@ def _loaded(
         allow_longer=allow_longer,
         directory=directory,
     )
-
-
-def _check_config(directory: Path) -> None:
-    """Raise unless the directory is configured as a causal language model of transformers'."""
-    file = directory / "config.json"
-    if not file.is_file():
-        raise UsageError(f"{directory} has no config.json, so it is no model directory")
-    try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False
-            )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{file} is no configuration that transformers knows: {_first_line(error)}"
-        ) from error
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    named = config.architectures or [causal.get(config.model_type, "")]
-    if not set(named) & set(causal.values()):
-        raise UsageError(
-            f"{directory} holds a {config.model_type} model ({', '.join(named) or 'no class'}), "
-            "not a causal language model; give a decoder such as Llama, Qwen or Mistral"
-        )
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model, each seen to be whole."""
-    index = directory / _INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{index} is damaged ({_first_line(error)}); get it again") from error
-    elif (directory / _WEIGHTS).is_file():
-        names = [_WEIGHTS]
-    else:
-        others = sorted(
-            p.name for pattern in ("*.bin", "*.pt", "*.gguf") for p in directory.glob(pattern)
-        )
-        found = f"only {', '.join(others)}" if others else "no weights"
-        raise UsageError(
-            f"{directory} has {found}; weights must be safetensors ({_WEIGHTS} or {_INDEX})"
-        )
-    files = [directory / name for name in names]
-    for file in files:
-        if not file.is_file():
-            raise UsageError(f"{file} is missing, though {_INDEX} names it; get it again")
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UsageError(
-                f"{file} is damaged or cut short ({_first_line(error)}); get it again"
-            ) from error
-    return files
-
-
-def _revision(directory: Path, files: list[Path]) -> str:
-    """Commit if the directory is a hub snapshot, else a hash over configuration and weights."""
-    resolved = directory.resolve()
-    if resolved.parent.name == "snapshots" and _COMMIT.fullmatch(resolved.name):
-        return resolved.name
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        digests = list(pool.map(_digest, [directory / "config.json", *files]))
-    return f"sha256:{hashlib.sha256(b''.join(digests)).hexdigest()[:16]}"
-
-
-def _digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings and progress bars of transformers; what matters is raised."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

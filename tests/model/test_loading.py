@@ -208,7 +208,7 @@ def test_a_hub_id_that_cannot_be_had_says_so(monkeypatch):
     def offline(*args, **kwargs):
         raise LocalEntryNotFoundError("Cannot find an appropriate snapshot\nmore")
 
-    monkeypatch.setattr("minference_green.model.loading.snapshot_download", offline)
+    monkeypatch.setattr("minference_green.model.directory.snapshot_download", offline)
     with pytest.raises(UsageError) as caught:
         loaded("nobody/nothing")
     assert "cannot get 'nobody/nothing' from the hub (Cannot find an" in str(caught.value)
@@ -224,7 +224,7 @@ def test_of_a_hub_model_only_weights_configuration_and_tokenizer_are_fetched(
         asked.update(name=name, allow=allow_patterns, ignore=ignore_patterns)
         return str(directory)
 
-    monkeypatch.setattr("minference_green.model.loading.snapshot_download", fetch)
+    monkeypatch.setattr("minference_green.model.directory.snapshot_download", fetch)
     assert loaded("somebody/some-model").spec == "somebody/some-model"
     assert asked["name"] == "somebody/some-model"
     offered = [
