@@ -75,6 +75,9 @@ class Grid(Record):
     intensity: float | None = None
     intensity_source: str | None = None
     pue: float = 1.0
+    embodied_g_per_second: float | None = None
+    """For everything reserved, in place of the default per GPU."""
+    embodied_source: str | None = None
 
 
 class Request(Record):

@@ -33,6 +33,7 @@ FLOORS = {
     "meters": 3,
     "carbon": 3,
     "model": 4,
+    "command": 5,
     "diagnosis": 2,
     "doctor": 5,
     "load": 5,

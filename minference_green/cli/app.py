@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import minference_green
-from minference_green.cli import baseline, compare, doctor, report, run
+from minference_green.cli import baseline, compare, doctor, measure, report, run
 from minference_green.errors import GreenBenchError
 
 EXIT_CODES = """\
@@ -29,6 +29,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
+app.command("measure", context_settings={"allow_interspersed_args": False})(measure.measure)
 app.command("compare")(compare.compare)
 app.add_typer(baseline.app, name="baseline")
 

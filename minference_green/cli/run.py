@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from minference_green.cli import grid
 from minference_green.errors import MeasurementError, UsageError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -72,14 +73,14 @@ def run(
     allow_longer: Annotated[
         bool, typer.Option("--allow-longer", help="Go beyond the model's own context limit.")
     ] = False,
-    country: Annotated[str, typer.Option(help="ISO code of the grid, such as FRA.")] = "",
-    region: Annotated[str, typer.Option(help="Region of the country, such as california.")] = "",
-    cloud: Annotated[str, typer.Option(help="provider:region, such as gcp:us-central1.")] = "",
-    intensity: Annotated[
-        float | None, typer.Option(help="Your own factor in gCO2e per kWh.")
-    ] = None,
-    intensity_source: Annotated[str, typer.Option(help="Where --intensity comes from.")] = "",
-    pue: Annotated[float, typer.Option(help="Power usage effectiveness, 1 or more.")] = 1.0,
+    country: grid.Country = "",
+    region: grid.Region = "",
+    cloud: grid.Cloud = "",
+    intensity: grid.Intensity = None,
+    intensity_source: grid.IntensitySource = "",
+    pue: grid.Pue = 1.0,
+    embodied: grid.Embodied = None,
+    embodied_source: grid.EmbodiedSource = "",
     output: Annotated[
         Path, typer.Option(help="Directory for runs; each gets one of its own inside.")
     ] = Path("green-bench-runs"),
@@ -93,7 +94,6 @@ def run(
 ) -> None:
     """Measure arms, interleaved; no arguments: the embedded model, dense against minference."""
     from minference_green import bench
-    from minference_green.carbon import terms
     from minference_green.cli.progress import open_progress
 
     if resume:
@@ -101,15 +101,16 @@ def run(
         with open_progress(quiet) as progress:
             finish(lambda: bench.resume(output / resume, progress), json_output)
         return
-    grid = bench.Grid(
-        country=country or None,
-        region=region or None,
-        cloud=cloud or None,
+    place = grid.located(
+        country=country,
+        region=region,
+        cloud=cloud,
         intensity=intensity,
-        intensity_source=intensity_source or None,
+        intensity_source=intensity_source,
         pue=pue,
+        embodied=embodied,
+        embodied_source=embodied_source,
     )
-    terms(**grid.model_dump())  # an unknown place is refused before anything is loaded
     request = bench.Request(
         model=model,
         methods=parse_methods(methods),
@@ -122,7 +123,7 @@ def run(
         blocks=None if blocks is None else positive("--blocks", blocks),
         window_seconds=parse_seconds("--window", window),
         warmup_seconds=parse_seconds("--warmup", warmup),
-        grid=grid,
+        grid=place,
         device=device,
         meter="none" if no_energy else meter,
         allow_shared=allow_shared,

@@ -267,6 +267,7 @@ class CounterMeter:
         check, swing = evidence.held_bracket(
             samples, t0, raw["start_seconds"], raw["end_seconds"], t1
         )
+        raw["peak_watts"] = max(s.watts for s in samples)
         hidden = hidden_seconds(board.gpu)
         missed = evidence.sampling_error(samples, raw["start_seconds"], raw["end_seconds"])
         raw["check_tolerance_joules"] = evidence.check_tolerance(joules, swing, hidden, missed)

@@ -113,6 +113,7 @@ class SampledMeter:
         else:
             raw = evidence.sampled_evidence(samples, t0, start, end, t1)
             joules, swing = evidence.held_bracket(samples, t0, start, end, t1)
+            raw["peak_watts"] = max(s.watts for s in samples)
             missed = evidence.sampling_error(samples, start, end)
             uncertainty = evidence.check_tolerance(joules, swing, hidden, missed)
         return Reading(
