@@ -54,6 +54,15 @@ def repository_state(directory: Path) -> tuple[str | None, bool | None]:
     return commit, dirty
 
 
+def tree_name(directory: Path) -> str:
+    """A name for the state of the repository around ``directory``: commit and tracked changes."""
+    try:
+        state = _git(directory, "rev-parse", "HEAD") + _git(directory, "diff", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return "unversioned"
+    return hashlib.sha256(state.encode()).hexdigest()[:12]
+
+
 def commits_since(commit: str, directory: Path) -> int | None:
     """Commits between ``commit`` and where ``directory`` stands; null if it is unknown there."""
     try:

@@ -208,7 +208,9 @@ def compare(
     """
     stored = (reference,) if isinstance(reference, Run) else tuple(reference)
     margins = check_margins(margin)
-    _check_request(stored, allow_mismatch)
+    check_allowed(allow_mismatch)
+    if not stored:
+        raise UsageError("there is no stored run to compare with; give one or more")
     for run in (*stored, candidate):
         _check_valid(run)
     found = [differences(run, candidate) for run in stored]
@@ -324,9 +326,8 @@ def _blocks_for_verdict(
     )
 
 
-def _check_request(stored: Sequence[Run], allow_mismatch: Sequence[str]) -> None:
-    if not stored:
-        raise UsageError("there is no stored run to compare with; give one or more")
+def check_allowed(allow_mismatch: Sequence[str]) -> None:
+    """Raise ``UsageError`` unless every name is a hard key."""
     unknown = [key for key in allow_mismatch if key not in HARD_KEYS]
     if unknown:
         raise UsageError(f"{', '.join(unknown)}: no such hard key; they are {', '.join(HARD_KEYS)}")

@@ -28,6 +28,7 @@ FLOORS = {
     "config": 2,
     "verify": 3,
     "pytest_plugin": 6,
+    "check": 5,
     "render": 2,
     "methods": 3,
     "meters": 3,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import minference_green
-from minference_green.cli import baseline, compare, doctor, measure, report, run
+from minference_green.cli import baseline, check, compare, doctor, measure, report, run
 from minference_green.errors import GreenBenchError
 
 EXIT_CODES = """\
@@ -31,6 +31,7 @@ app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.command("measure", context_settings={"allow_interspersed_args": False})(measure.measure)
 app.command("compare")(compare.compare)
+app.command("check")(check.check)
 app.add_typer(baseline.app, name="baseline")
 
 

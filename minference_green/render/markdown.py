@@ -13,23 +13,23 @@ def markdown(document: Document) -> str:
 
 def _lines(document: Document) -> Iterator[str]:
     for sentence in document.conclusion:
-        yield f"**{_escaped(sentence)}**"
+        yield f"**{escaped(sentence)}**"
         yield ""
     for sheet in document.sheets:
-        yield _escaped(sheet.caption)
+        yield escaped(sheet.caption)
         yield ""
         yield from _table(sheet)
         yield ""
     for number, reason in enumerate(document.footnotes, 1):
-        yield f"({number}) {_escaped(reason)}  "
+        yield f"({number}) {escaped(reason)}  "
     if document.footnotes:
         yield ""
     for doubt in document.doubts:
-        yield f"> {_escaped(doubt)}  "
+        yield f"> {escaped(doubt)}  "
     if document.doubts:
         yield ""
     for label, text in document.facts:
-        yield f"- {label}: {_escaped(text)}"
+        yield f"- {label}: {escaped(text)}"
 
 
 def _table(sheet: Sheet) -> Iterator[str]:
@@ -40,10 +40,10 @@ def _table(sheet: Sheet) -> Iterator[str]:
 
 
 def _row(texts: tuple[str, ...]) -> str:
-    return f"| {' | '.join(_escaped(text) for text in texts)} |"
+    return f"| {' | '.join(escaped(text) for text in texts)} |"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Names come from users: none may end a cell, start markup or become HTML."""
     for character in "\\`*_<>|":
         text = text.replace(character, f"\\{character}")

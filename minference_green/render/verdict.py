@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from minference_green.render.markdown import escaped
 from minference_green.render.numbers import ABSENT, percent, significant
 from minference_green.verdict import Criterion, CriterionName, Outcome, Verdict
 from minference_green.workload import format_length
@@ -30,6 +31,12 @@ def as_dict(verdict: Verdict) -> dict[str, Any]:
         "reasons": sorted({c.reason for c in verdict.criteria if c.judged}),
         "lines": lines(verdict),
     }
+
+
+def markdown(verdict: Verdict) -> str:
+    """The verdict for a pull-request comment or a job summary: the outcome, then the rest."""
+    headline, *rest = lines(verdict)
+    return "\n".join([f"### {escaped(headline)}", "", *(f"- {escaped(line)}" for line in rest), ""])
 
 
 def _lines(verdict: Verdict) -> Iterator[str]:
