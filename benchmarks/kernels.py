@@ -5,9 +5,10 @@ Run on a CUDA machine from the repository root, nothing installed but torch and 
     PYTHONPATH=. python benchmarks/kernels.py --lengths 131072 524288 --output kernels.json
 
 Shape: Llama-3-8B's attention, 32 query heads, 8 KV heads, head_dim 128, bfloat16, batch 1.
-Queries, keys and values are random; indices have the structure of real heads: half of the slashes local,
-half in clusters of 8 to 63 at log-uniform offsets, columns anywhere after the first 30. Every
-figure is a median over repeats after a warm-up, timed by device events. TFLOP/s count the
+Queries, keys and values are random; indices have the structure of real heads: half of the
+slashes local, half in clusters of 8 to 63 at log-uniform offsets, columns anywhere after the
+first 30. Every figure is a median over repeats after a warm-up, timed by device events.
+TFLOP/s count the
 64 x 64 tiles that are computed. The error is that of the last query tile against float64.
 """
 
@@ -119,7 +120,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, repeats: int) -> dict[str, float | No
     return times
 
 
-def measure(n: int, dense_up_to: int, repeats: int) -> dict[str, object]:
+def measure(n: int, dense_up_to: int, repeats: int, pairs: bool) -> dict[str, object]:
     """Every figure of one length."""
     g = torch.Generator("cuda").manual_seed(0)
     q, k, v = (
@@ -145,7 +146,8 @@ def measure(n: int, dense_up_to: int, repeats: int) -> dict[str, object]:
             continue
         index = structured_index(n, vertical_size, slash_size)
         attend_ms = milliseconds(
-            lambda index=index: band_attention(q, k, v, index, scale=scale, out=out), repeats
+            lambda index=index: band_attention(q, k, v, index, scale=scale, out=out, pairs=pairs),
+            repeats,
         )
         tiles = computed_tiles(index)
         sizes = [vertical_size] * HEADS, [slash_size] * HEADS
@@ -173,15 +175,19 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--dense-up-to", type=int, default=131072, help="longest dense run")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--pairs", action="store_true", help="the Hopper kernel of band_pair.py")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     machine = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "pairs": options.pairs,
     }
     print(machine)
-    runs = [measure(n, options.dense_up_to, options.repeats) for n in options.lengths]
+    runs = [
+        measure(n, options.dense_up_to, options.repeats, options.pairs) for n in options.lengths
+    ]
     if options.output is not None:
         options.output.write_text(json.dumps({"machine": machine, "runs": runs}, indent=1) + "\n")
 

@@ -110,6 +110,6 @@ def block_attention(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         n_q, k.shape[2], index.blocks.shape[2], q.shape[1] // k.shape[1], scale * tile.LOG2_E,
         HEAD_DIM=head_dim, DIM=tile.padded(head_dim), TILE=TILE, HAS_LSE=return_lse,
-        **tile.launch_options(head_dim),
+        **tile.launch_options(head_dim, q.device),
     )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -204,6 +204,9 @@ def new_lse(q: Tensor, heads: Tensor, wanted: bool) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
-def launch_options(head_dim: int) -> dict[str, Any]:
-    """Warps and pipeline stages of the attention kernels."""
-    return {"num_warps": 8 if head_dim > 128 else 4, "num_stages": 2}
+def launch_options(head_dim: int, device: torch.device) -> dict[str, Any]:
+    """Warps and pipeline stages of the attention kernels, two programs on a multiprocessor."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    # Three stages of 32 KiB beside the queries still leave room for a second program on Hopper.
+    stages = 3 if capability == (9, 0) and head_dim <= 128 else 2
+    return {"num_warps": 8 if head_dim > 128 else 4, "num_stages": stages}

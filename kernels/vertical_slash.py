@@ -185,10 +185,6 @@ def _gather(
     return column_k, column_v
 
 
-def _on_hopper(q: Tensor) -> bool:
-    return q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
-
-
 def band_attention(
     q: Tensor,
     k: Tensor,
@@ -198,6 +194,7 @@ def band_attention(
     scale: float,
     out: Tensor | None = None,
     return_lse: bool = False,
+    pairs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the pairs that ``index.mask`` shows, for the heads it lists.
 
@@ -206,7 +203,8 @@ def band_attention(
     Returns ``out [B, Hq, n_q, D]``, of which only the listed heads' rows are written, and with
     ``return_lse`` also the natural log-sum-exp, fp32 ``[B, len(index.heads), n_q]``.
     ``out=None`` allocates it, in q's memory layout. A query tile reads a key only if at least
-    one of its rows sees it. Nothing waits for the device.
+    one of its rows sees it. ``pairs`` asks for the kernel of ``band_pair.py``, in which two
+    query tiles share key tiles: Hopper only, head_dim up to 128. Nothing waits for the device.
 
     Raises ``ValueError`` with the value on a shape, dtype, device or layout that does not fit.
     """
@@ -222,16 +220,15 @@ def band_attention(
     group = q.shape[1] // k.shape[1]
     column_k, column_v = _gather(k, v, heads, columns, group)
     bits = _band_bits(tile_starts, n_k)
-    if _on_hopper(q):
-        # Gluon is for Hopper only; the interpreter and other devices never import it.
+    if pairs:
+        # Imported here: Gluon is for Hopper only.
         from minference_green.kernels import band_pair
 
-        if band_pair.fits(q, k, v):
-            band_pair.attend_pairs(
-                q, k, v, column_k, column_v, out, lse, heads, tile_starts, columns, bits,
-                scale=scale, has_lse=return_lse,
-            )  # fmt: skip
-            return (out, lse) if return_lse else out
+        band_pair.attend_pairs(
+            q, k, v, column_k, column_v, out, lse, heads, tile_starts, columns, bits,
+            scale=scale, has_lse=return_lse,
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
     n_tiles = triton.cdiv(n_q, TILE)
     # A tile is whole if it ends before column 0: start + TILE <= r0.
     n_full = tile.count_below(tile_starts, n_k - n_q - TILE + 1, TILE, n_tiles)
@@ -243,6 +240,6 @@ def band_attention(
         n_q, n_k, tile_starts.shape[2], columns.shape[2], bits.shape[2], group,
         scale * tile.LOG2_E,
         HEAD_DIM=head_dim, DIM=tile.padded(head_dim), TILE=TILE, HAS_LSE=return_lse,
-        **tile.launch_options(head_dim),
+        **tile.launch_options(head_dim, q.device),
     )  # fmt: skip
     return (out, lse) if return_lse else out

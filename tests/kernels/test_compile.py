@@ -1,0 +1,229 @@
+"""Every kernel compiles ahead of time, without a GPU, and within what it may use."""
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from minference_green.kernels.index import TILE
+from minference_green.kernels.tile import launch_options, padded
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
+)
+
+HOPPER, AMPERE = 90, 80
+CPU = torch.device("cpu")
+
+# Per multiprocessor of either: 64 Ki registers; shared memory, 1 KiB of it per program reserved.
+REGISTERS = 2**16
+SHARED_BYTES = {HOPPER: 228 * 1024, AMPERE: 164 * 1024}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ``cuobjdump`` says of a compiled kernel."""
+
+    registers: int
+    shared_bytes: int
+    spills: list[str]
+    sass: str
+    threads: int
+
+    def resident(self, capability: int) -> int:
+        """Programs that fit a multiprocessor at once."""
+        return min(
+            REGISTERS // (self.registers * self.threads),
+            SHARED_BYTES[capability] // (self.shared_bytes + 1024),
+        )
+
+
+def signature(kernel: Any, constants: dict[str, Any], descriptor: str) -> dict[str, str]:
+    """Argument types by name, as the launchers pass them in bfloat16."""
+    int32 = {"heads", "starts", "columns", "bits", "n_full", "n_left", "blocks", "lists", "rows"}
+    int32 |= {"shared", "first", "second", "first_left", "second_left", "offsets", "counts"}
+    float32 = {"lse", "partial", "mean", "masses", "slashes"}
+    types = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        base = name.removesuffix("_ptr")
+        if name in constants:
+            types[name] = "constexpr"
+        elif name.endswith("_desc"):
+            types[name] = descriptor
+        elif parameter.annotation_type:
+            types[name] = parameter.annotation_type
+        elif name.endswith("_ptr"):
+            scores = base == "columns" and "slashes_ptr" in kernel.arg_names
+            types[name] = (
+                "*fp32" if scores or base in float32 else "*i32" if base in int32 else "*bf16"
+            )
+        else:
+            types[name] = "fp32" if name in ("qk_scale", "log2_e") else "i32"
+    return types
+
+
+def compiled(
+    kernel: Any,
+    capability: int,
+    tmp_path: Path,
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    source: Any = ASTSource,
+    descriptor: str = "",
+) -> Resources:
+    types = signature(kernel, constants, descriptor)
+    aligned = [n for n, type_ in types.items() if type_ == "i64" or type_.startswith("*")]
+    built = triton.compile(
+        source(
+            fn=kernel,
+            signature=types,
+            constexprs={(kernel.arg_names.index(n),): value for n, value in constants.items()},
+            attrs={(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+        ),
+        target=GPUTarget("cuda", capability, 32),
+        options=options,
+    )
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(built.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage, sass = (
+        subprocess.run([tool, what, cubin], capture_output=True, text=True, check=True).stdout
+        for what in ("--dump-resource-usage", "--dump-sass")
+    )
+    found = re.search(r"REG:(\d+)", usage)
+    assert found, usage
+    return Resources(
+        registers=int(found[1]),
+        shared_bytes=built.metadata.shared,
+        spills=re.findall(r"\b(?:LDL|STL)\b.*", sass),
+        sass=sass,
+        threads=32 * options["num_warps"],
+    )
+
+
+def sizes(head_dim: int, **more: Any) -> dict[str, Any]:
+    return {"HEAD_DIM": head_dim, "DIM": padded(head_dim), "TILE": TILE, **more}
+
+
+def uses_tensor_cores(sass: str, capability: int) -> bool:
+    return ("HGMMA" if capability == HOPPER else "HMMA") in sass
+
+
+@pytest.mark.parametrize("capability", [HOPPER, AMPERE], ids=["hopper", "ampere"])
+@pytest.mark.parametrize("name", ["band", "block"])
+def test_attention_runs_two_programs_on_a_multiprocessor_without_spills(name, capability, tmp_path):
+    from minference_green.kernels import block_sparse, vertical_slash
+
+    kernel = {"band": vertical_slash._band_kernel, "block": block_sparse._block_kernel}[name]
+    stages = 3 if capability == HOPPER else 2
+    options = {**launch_options(128, CPU), "num_stages": stages}
+    got = compiled(kernel, capability, tmp_path, sizes(128, HAS_LSE=True), options)
+    assert got.spills == []
+    assert got.resident(capability) >= 2
+    assert uses_tensor_cores(got.sass, capability)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_attention_of_smaller_head_dimensions_does_not_spill(head_dim, tmp_path):
+    from minference_green.kernels import vertical_slash
+
+    options = {**launch_options(head_dim, CPU), "num_stages": 3}
+    constants = sizes(head_dim, HAS_LSE=False)
+    got = compiled(vertical_slash._band_kernel, HOPPER, tmp_path, constants, options)
+    assert got.spills == []
+    assert got.resident(HOPPER) >= 2
+    assert uses_tensor_cores(got.sass, HOPPER)
+
+
+def test_attention_of_the_largest_head_dimension_fits(tmp_path):
+    """Beside 255 registers a few scalars spill; the loops keep theirs."""
+    from minference_green.kernels import vertical_slash
+
+    options = launch_options(256, CPU)
+    constants = sizes(256, HAS_LSE=False)
+    got = compiled(vertical_slash._band_kernel, HOPPER, tmp_path, constants, options)
+    assert len(got.spills) <= 32
+    assert got.resident(HOPPER) >= 1
+    assert uses_tensor_cores(got.sass, HOPPER)
+
+
+@pytest.mark.parametrize("capability", [HOPPER, AMPERE], ids=["hopper", "ampere"])
+@pytest.mark.parametrize("name", ["row_mass", "mass"])
+def test_estimators_do_not_spill(name, capability, tmp_path):
+    from minference_green.kernels import estimate
+
+    kernel = {"row_mass": estimate._row_mass_kernel, "mass": estimate._mass_kernel}[name]
+    constants = sizes(128, CHUNK=estimate.CHUNK_TILES)
+    got = compiled(kernel, capability, tmp_path, constants, {"num_warps": 4, "num_stages": 3})
+    assert got.spills == []
+    assert got.resident(capability) >= 2
+    assert uses_tensor_cores(got.sass, capability)
+
+
+def test_small_kernels_do_not_spill(tmp_path):
+    from minference_green.kernels import band_pair, cut, estimate, tile, vertical_slash
+
+    cases = [
+        (estimate._block_mean_kernel, sizes(128), 4),
+        (vertical_slash._gather_kernel, sizes(128), 4),
+        (vertical_slash._mark_kernel, {"TILE": TILE, "BLOCK": 128}, 4),
+        (tile._count_kernel, {"BLOCK": 128}, 4),
+        (band_pair._split_kernel, {"TILE": TILE, "BLOCK": 1024}, 8),
+        (cut._cut_kernel, {"TILE": TILE}, 1),
+    ]
+    for kernel, constants, num_warps in cases:
+        got = compiled(kernel, HOPPER, tmp_path, constants, {"num_warps": num_warps})
+        assert got.spills == [], kernel
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_pair_kernel_copies_by_descriptor_and_fits(head_dim, tmp_path):
+    """In its hot loops not more than one scalar comes from the stack."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from minference_green.kernels import band_pair
+
+    layout = gl.NVMMASharedLayout.get_default_for([1, 1, TILE, head_dim], gl.bfloat16)
+    got = compiled(
+        band_pair._pair_kernel,
+        HOPPER,
+        tmp_path,
+        sizes(head_dim, HAS_LSE=True, RING=band_pair.RING),
+        {"num_warps": 4, "maxnreg": band_pair.REGISTERS},
+        source=GluonASTSource,
+        descriptor=f"tensordesc<bf16[1, 1, {TILE}, {head_dim}],{layout!r}>",
+    )
+    # Two groups of four warps and a producer, whose group counts as whole.
+    assert got.registers * 12 * 32 <= REGISTERS
+    assert got.shared_bytes + 1024 <= SHARED_BYTES[HOPPER]
+    assert uses_tensor_cores(got.sass, HOPPER)
+    assert "UTMALDG" in got.sass
+    loops = loops_of(got.sass, n_products=head_dim // 16 + TILE // 16)
+    assert len(loops) == 8, "shared, columns, private whole, private past column 0; two groups"
+    assert all(len(re.findall(r"\b(?:LDL|STL)\b", body)) <= 1 for body in loops)
+
+
+def loops_of(sass: str, n_products: int) -> list[str]:
+    """Bodies of the loops that issue this many tensor-core instructions."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)
+    at = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    bodies = []
+    for i, (_, text) in enumerate(lines):
+        # A loop jumps back on a condition; code out of line returns without one.
+        jump = re.fullmatch(r"@\S+ BRA 0x([0-9a-f]+)\s*", text)
+        begin = at[int(jump[1], 16)] if jump else i
+        if begin < i:
+            body = "\n".join(text for _, text in lines[begin : i + 1])
+            if body.count("HGMMA") == n_products:
+                bodies.append(body)
+    return bodies

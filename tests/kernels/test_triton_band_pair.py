@@ -1,0 +1,131 @@
+"""The Hopper kernel that shares key tiles between two query tiles: same claims, same oracle.
+
+Its list building runs anywhere; the kernel itself needs Hopper.
+"""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minference_green.kernels import reference
+from minference_green.kernels.band_pair import split_starts
+from minference_green.kernels.index import NONE
+from minference_green.kernels.vertical_slash import band_attention
+
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+needs_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+
+# One row; one tile; an odd and an even number of query tiles, whole and partial.
+SIZES = (1, 63, 64, 65, 128, 129, 192, 300, 1000)
+
+
+def run(prompt, index):
+    out = torch.full_like(prompt.q, float("nan"))
+    return band_attention(
+        prompt.q, prompt.k, prompt.v, index, scale=prompt.scale, out=out, return_lse=True,
+        pairs=True,
+    )  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(offsets=st.sets(st.integers(0, 900), max_size=300))
+def test_starts_split_into_what_two_query_tiles_share_and_what_each_visits_alone(offsets, padded):
+    """Counted from the first tile of a pair, the second visits every start 64 earlier."""
+    starts = reference.cut_tiles(sorted(offsets))
+    shared, first, second = split_starts(padded([[starts]]))[:, 0, 0].tolist()
+    shared, first, second = ([x for x in row if x != NONE] for row in (shared, first, second))
+    assert [shared, first, second] == [sorted(x) for x in (shared, first, second)]
+    visits = {start - 64 for start in starts}
+    assert set(shared) == set(starts) & visits
+    assert set(first) == set(starts) - visits
+    assert {start - 64 for start in second} == visits - set(starts) - {-64}
+
+
+def test_more_starts_than_one_block_of_the_split_keep_their_neighbours(padded):
+    starts = [*range(0, 64 * 1200, 64), *range(80_000, 80_000 + 64 * 900, 64)]
+    shared, first, second = split_starts(padded([[starts]]))[:, 0, 0].tolist()
+    assert [x for x in first if x != NONE] == [starts[1199], starts[-1]]
+    assert [x for x in second if x != NONE] == [80_000]
+    assert [x for x in shared if x != NONE] == [*starts[:1199], *starts[1200:-1]]
+
+
+@pytest.mark.skipif(ON_HOPPER, reason="is about other devices")
+def test_another_device_is_refused_rather_than_given_another_kernel(dtype, make_prompt, band_index):
+    prompt = make_prompt(70, dtype=dtype)
+    index = band_index([[[0], [1]]], [[[0], [1]]], 70)
+    with pytest.raises(ValueError, match=r"pairs needs a Hopper GPU \(capability 9.0\), q is on"):
+        run(prompt, index)
+
+
+@needs_hopper
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("n", SIZES)
+def test_awkward_lengths_with_structure_match_the_oracle(
+    n, head_dim, dtype, make_prompt, band_index, assert_attends
+):
+    offsets = [o for o in (0, 1, 5, 64, 65, 130, 200, 201, 640, 999) if o < n]
+    columns = [c for c in (0, 1, 2, 3, 62, 64, 100, 130, 299, 511, 998) if c < n]
+    prompt = make_prompt(
+        n, dtype=dtype, batch=2, heads=4, kv_heads=2, head_dim=head_dim, columns=columns[:2]
+    )
+    per_head = [offsets, offsets[1:2], [], range(n)], [columns, [], columns[-1:], range(n)]
+    index = band_index([per_head[0]] * 2, [per_head[1]] * 2, n)
+    assert_attends(prompt, index, *run(prompt, index))
+
+
+@needs_hopper
+@pytest.mark.parametrize(("n_q", "n_k"), [(1, 100), (64, 256), (70, 300), (129, 333), (193, 900)])
+def test_queries_at_any_offset_of_the_keys_match_the_oracle(
+    n_q, n_k, dtype, make_prompt, band_index, assert_attends
+):
+    prompt = make_prompt(n_q, n_k, dtype=dtype, offsets=[n_k - 5])
+    last = n_k - 1
+    index = band_index([[[0, 70, last], [last]]], [[[0, 3, 64, last], [1]]], n_k)
+    assert_attends(prompt, index, *run(prompt, index))
+
+
+@needs_hopper
+def test_a_program_that_takes_many_pairs_keeps_its_ring_in_step(
+    dtype, make_prompt, band_index, assert_attends
+):
+    """More pieces of work than multiprocessors, with lists of different lengths in each head."""
+    prompt = make_prompt(2500, dtype=dtype, heads=12, kv_heads=4)
+    rng = random.Random(5)
+    offsets = [[rng.sample(range(2500), 20 * h) for h in range(12)]]
+    columns = [[rng.sample(range(2500), 30 * (12 - h)) for h in range(12)]]
+    index = band_index(offsets, columns, 2500)
+    assert_attends(prompt, index, *run(prompt, index))
+
+
+@needs_hopper
+@settings(max_examples=500, deadline=None)
+@given(seed=st.integers(0, 2**32), n_k=st.integers(1, 900))
+def test_any_index_matches_the_oracle(seed, n_k, make_prompt, band_index, assert_attends):
+    rng = random.Random(seed)
+    n_q = rng.choice([n_k, rng.randint(1, n_k)])
+    heads = rng.choice([1, 3])
+
+    def some() -> list[int]:
+        start = rng.randrange(n_k)
+        run_of = range(start, min(n_k, start + rng.randint(0, 200)))
+        return [*rng.sample(range(n_k), rng.randint(0, min(n_k, 90))), *run_of]
+
+    prompt = make_prompt(
+        n_q, n_k, dtype=rng.choice([torch.bfloat16, torch.float16]), heads=heads,
+        head_dim=rng.choice([64, 128]), seed=seed % 1000, offsets=[rng.randrange(n_k)],
+    )  # fmt: skip
+    index = band_index([[some() for _ in range(heads)]], [[some() for _ in range(heads)]], n_k)
+    assert_attends(prompt, index, *run(prompt, index))
+
+
+@needs_hopper
+def test_rows_at_odd_addresses_are_refused(dtype, make_prompt, band_index):
+    prompt = make_prompt(70, dtype=dtype)
+    odd = torch.cat([prompt.q, prompt.q], -1)[..., 1:65]
+    index = band_index([[[0], [1]]], [[[0], [1]]], 70)
+    with pytest.raises(ValueError, match="rows of q that start at multiples of 16 bytes"):
+        run(dataclasses.replace(prompt, q=odd), index)
