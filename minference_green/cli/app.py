@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import minference_green
-from minference_green.cli import baseline, check, compare, doctor, measure, report, run
+from minference_green.cli import baseline, check, compare, doctor, measure, report, run, settings
 from minference_green.errors import GreenBenchError
 
 EXIT_CODES = """\
@@ -43,11 +43,13 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _common(
+    context: typer.Context,
     _version_wanted: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Dense versus sparse prefill in joules, gCO2e and seconds per million tokens."""
+    settings.apply(context)
 
 
 def main() -> None:

@@ -69,6 +69,7 @@ def compare(
 
 def chosen_margins(context: typer.Context, margin: str) -> dict[str, float]:
     """Margins by criterion from the settings file; ``--margin`` wins for those of joules."""
+    from minference_green.config import parse_margin
     from minference_green.verdict import check_margins
 
     criteria: dict[str, float] = dict((context.obj or {}).get("criteria", {}))
@@ -79,18 +80,6 @@ def chosen_margins(context: typer.Context, margin: str) -> dict[str, float]:
         if criteria.keys() == {"energy_ratio"}:
             criteria |= {str(n): m for n, m in joules.items()}
     return {str(name): value for name, value in check_margins(criteria).items()}
-
-
-def parse_margin(option: str, text: str) -> float:
-    """A fraction from ``5%``, ``5 %`` or ``0.05``."""
-    number = text.removesuffix("%").strip()
-    try:
-        value = float(number) / (100 if text.endswith("%") else 1)
-    except ValueError as error:
-        raise UsageError(f"{option} {text!r} is not a margin; write for example 5%") from error
-    if not 0 < value < 1:
-        raise UsageError(f"{option} {text!r} must be more than 0 % and less than 100 %")
-    return value
 
 
 def write(option: str, path: Path, text: str) -> None:

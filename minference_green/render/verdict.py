@@ -58,7 +58,7 @@ def _lines(verdict: Verdict) -> Iterator[str]:
 def _margins(verdict: Verdict) -> str:
     if len(set(verdict.margins.values())) == 1:
         return f"a margin of {next(iter(verdict.margins.values())):.1%}"
-    return "margins of " + ", ".join(f"{m:.1%} on {n}" for n, m in verdict.margins.items())
+    return "margins of " + ", ".join(f"{n} {m:.1%}" for n, m in verdict.margins.items())
 
 
 def title(criterion: Criterion) -> str:
