@@ -12,20 +12,26 @@ NO_TILE: tl.constexpr = tl.constexpr(NONE)
 
 @triton.jit(do_not_specialize=("n_offsets",))
 def _cut_kernel(offsets_ptr, starts_ptr, n_offsets, TILE: tl.constexpr):
-    """One row: where a tile starts depends on where the one before it ended."""
+    """One row, tile after tile: where one starts depends on where the one before it ended.
+
+    A tile serves at most ``TILE`` slashes, so one load holds all that it serves.
+    """
     row = tl.program_id(0).to(tl.int64) * n_offsets
-    end = 0
+    lane = tl.arange(0, TILE)
+    first = 0
     count = 0
-    offset = tl.load(offsets_ptr + row)
-    for i in range(n_offsets):
-        # Read ahead, so that the load of the next offset hides behind this one's work.
-        ahead = tl.load(offsets_ptr + row + i + 1, i + 1 < n_offsets, NO_TILE)
-        emit = (end < offset) & (offset != NO_TILE)
-        start = tl.maximum(end, offset - TILE)
-        tl.store(starts_ptr + row + count, start, emit)
-        count += emit.to(tl.int32)
-        end = tl.where(emit, start + TILE, end)
-        offset = ahead
+    end = 0
+    offsets = tl.load(offsets_ptr + row + lane, lane < n_offsets, NO_TILE)
+    nearest = tl.min(offsets, 0)
+    while nearest != NO_TILE:
+        if nearest > end:
+            start = tl.maximum(end, nearest - TILE)
+            tl.store(starts_ptr + row + count, start)
+            count += 1
+            end = start + TILE
+        first += tl.sum((offsets <= end).to(tl.int32), 0)
+        offsets = tl.load(offsets_ptr + row + first + lane, first + lane < n_offsets, NO_TILE)
+        nearest = tl.min(offsets, 0)
 
 
 def cut_tiles(offsets: Tensor) -> Tensor:
