@@ -100,6 +100,7 @@ class Request(Record):
     blocks: int | None = None
     window_seconds: float | None = None
     warmup_seconds: float | None = None
+    decode_tokens: int = 0
     grid: Grid = Grid()
     device: str = "auto"
     meter: str = "auto"
@@ -132,6 +133,7 @@ def resolve(request: Request, kind: str) -> tuple[Workload, Plan]:
             (120.0 if gpu else 5.0) if request.warmup_seconds is None else request.warmup_seconds
         ),
         quick=not gpu,
+        decode_tokens=request.decode_tokens,
     )
     return workload, plan
 
@@ -324,7 +326,8 @@ class _Experiment:
             workload, plan = resolve(request, kind)
         else:
             workload, plan = self.header.workload, self.header.plan
-        windows = 2 * len(workload.context_lengths) * len(request.methods)
+        phases = 3 if plan.decode_tokens else 1
+        windows = 2 * phases * len(workload.context_lengths) * len(request.methods)
         planned = plan.blocks if self.header is None else self.blocks_planned
         self.progress.block(block + 1, planned, windows, plan.window_seconds)
         return {
@@ -335,6 +338,7 @@ class _Experiment:
             "allow_longer": request.allow_longer,
             "window_seconds": plan.window_seconds,
             "warmup_seconds": plan.warmup_seconds,
+            "decode_tokens": plan.decode_tokens,
             "idle_seconds": min(IDLE_SECONDS, plan.window_seconds),
             "backends": {e.context_length: e.chosen for e in events if isinstance(e, Backends)},
             "observed": [
@@ -545,6 +549,7 @@ class _Conversation:
             order=message["order"],
             context_length=message["context_length"],
             method=message["method"],
+            phase=message["phase"],
             repeats=message["repeats"],
             tokens=message["tokens"],
             start_seconds=message["start"],

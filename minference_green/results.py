@@ -29,6 +29,10 @@ Obtained = Literal["counter", "sampled", "modelled", "replayed", "simulated"]
 comes from no device at all."""
 
 
+Phase = Literal["prefill", "decode", "request"]
+"""What a window repeats: the prompt, the tokens generated after it, or both as one request."""
+
+
 class Record(BaseModel):
     """Frozen, and strict about its fields: an unknown one means another schema."""
 
@@ -160,6 +164,8 @@ class Plan(Record):
     window_seconds: float
     warmup_seconds: float
     quick: bool
+    decode_tokens: int = 0
+    """Tokens generated per sequence in decode and request windows; 0 for prefill alone."""
 
 
 class Header(Record):
@@ -237,9 +243,11 @@ class Window(Record):
     """Position in the block's sequence of windows for this length."""
     context_length: int
     method: str
+    phase: Phase = "prefill"
     repeats: int
     tokens: int
-    """Unpadded prompt tokens computed in the window."""
+    """Unpadded prompt tokens computed in the window; for decode the tokens generated, less one
+    per sequence, which prefill produced; for whole requests both."""
     start_seconds: float
     """Monotonic clock, as ``end_seconds``."""
     end_seconds: float

@@ -10,11 +10,11 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from minference_green.methods.dense import BackendTimings, Dense, time_backends
 from minference_green.methods.method import PrefillMethod, ProfiledMethod
 from minference_green.model.attention import switched
 from minference_green.model.loading import LoadedModel, load
-from minference_green.results import Backends, Note, Observation, Skip
+from minference_green.results import Backends, Note, Observation, Phase, Skip
 from minference_green.workload import Workload, format_length
 
 SAMPLED_POSITIONS = 256
@@ -47,6 +47,7 @@ class Task:
     allow_longer: bool
     window_seconds: float
     warmup_seconds: float
+    decode_tokens: int
     idle_seconds: float
     backends: dict[int, str]
     """Dense backend already chosen, by context length."""
@@ -68,11 +69,23 @@ class Task:
             allow_longer=fields["allow_longer"],
             window_seconds=fields["window_seconds"],
             warmup_seconds=fields["warmup_seconds"],
+            decode_tokens=fields["decode_tokens"],
             idle_seconds=fields["idle_seconds"],
             backends={int(k): v for k, v in fields["backends"].items()},
             observed=tuple((n, m) for n, m in fields["observed"]),
             excluded=tuple((n, m) for n, m in fields["excluded"]),
         )
+
+
+Interval = tuple[float, float, float | None]
+"""Monotonic start and end, and seconds by device events; null on a CPU."""
+
+
+class Cache(Protocol):
+    """What is used of a model's cache."""
+
+    def crop(self, max_length: int) -> None:
+        """Shorten by ``-max_length`` tokens."""
 
 
 class Cell:
@@ -83,6 +96,7 @@ class Cell:
     ) -> None:
         self.model, self.method, self.dense, self.ids = model, method, dense, ids
         self.seconds = 0.0
+        self.decode_seconds = 0.0
 
     @torch.inference_mode()
     def prefill(self, keep: int | Tensor = 1) -> Tensor:
@@ -96,20 +110,60 @@ class Cell:
         return logits
 
     @torch.inference_mode()
-    def repeat(self, times: int) -> tuple[float, float, float | None]:
-        """Prefill ``times`` times; monotonic start and end, and seconds by device events."""
+    def repeat(self, times: int) -> Interval:
+        """Prefill ``times`` times."""
         with switched(self.model.model, self.method, dense=self.dense):
+            return self._timed(times, lambda: self._forward(1))
+
+    @torch.inference_mode()
+    def decode(self, times: int, tokens: int, ready: Callable[[], object]) -> Interval:
+        """Generate ``tokens`` greedily over one prompt's cache, ``times`` times.
+
+        The prefill, which produces the first of them, is done before ``ready`` is called, and
+        the interval begins after it. Each repeat begins again at the prompt's end. Attention is
+        dense over the cache that the method's prefill left.
+        """
+        with switched(self.model.model, self.method, dense=self.dense):
+            cache, first = self._prefilled()
             synchronize(self.ids.device)
-            marks = _events(self.ids.device)
-            start = time.monotonic()
-            if marks:
-                marks[0].record()
-            for _ in range(times):
-                self._forward(1)
-            if marks:
-                marks[1].record()
-            synchronize(self.ids.device)
-            end = time.monotonic()
+            ready()
+
+            def once() -> None:
+                self._generate(cache, first, tokens)
+                cache.crop(1 - tokens)
+
+            return self._timed(times, once)
+
+    @torch.inference_mode()
+    def request(self, times: int, tokens: int) -> Interval:
+        """Prefill and generate ``tokens``, ``times`` times, each with a cache of its own."""
+        with switched(self.model.model, self.method, dense=self.dense):
+            return self._timed(times, lambda: self._generate(*self._prefilled(), tokens))
+
+    def _prefilled(self) -> tuple[Cache, Tensor]:
+        """The cache of one prefill, and the token it produced for each sequence."""
+        out = self.model.model(input_ids=self.ids, use_cache=True, logits_to_keep=1)
+        return out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+    def _generate(self, cache: Cache, token: Tensor, tokens: int) -> None:
+        for _ in range(tokens - 1):
+            out = self.model.model(
+                input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            token = out.logits[:, -1:].argmax(-1)
+
+    def _timed(self, times: int, step: Callable[[], object]) -> Interval:
+        synchronize(self.ids.device)
+        marks = _events(self.ids.device)
+        start = time.monotonic()
+        if marks:
+            marks[0].record()
+        for _ in range(times):
+            step()
+        if marks:
+            marks[1].record()
+        synchronize(self.ids.device)
+        end = time.monotonic()
         return start, end, marks[0].elapsed_time(marks[1]) / 1e3 if marks else None
 
 
@@ -292,6 +346,9 @@ def _prepare(
                 if end - start < task.window_seconds:
                     start, end, _ = cell.repeat(1)  # how many fit a window
                 cell.seconds = end - start
+                if task.decode_tokens:
+                    start, end, _ = cell.decode(1, task.decode_tokens, lambda: None)
+                    cell.decode_seconds = end - start
             except torch.OutOfMemoryError as error:
                 _skip(channel, task, length, name, error)
                 continue
@@ -435,7 +492,7 @@ def _observation(block: int, length: int, name: str, profiling: _Profiling | Non
         )
     density = fmean(d for layer in profiling.density.values() for d in layer)
     notes: tuple[str, ...] = ()
-    if density > DENSITY_WARNING and name != "dense":
+    if density > DENSITY_WARNING and name not in ("dense", "dense-again"):
         notes = (
             f"density {density:.2f} at {format_length(length)}: these budgets leave almost "
             "nothing out; use smaller budgets or a pattern file made for this model",
@@ -498,37 +555,67 @@ def settled(rounds: Sequence[tuple[float, float | None]]) -> bool:
     return steady and (not celsius or max(celsius) - min(celsius) <= 1.0)
 
 
-def window_order(methods: Sequence[str], block: int) -> list[str]:
+def window_order(
+    methods: Sequence[str], block: int, phases: Sequence[Phase] = ("prefill",)
+) -> list[tuple[Phase, str]]:
     """ABBA for two arms, there and back for more; the starting arm rotates with the block.
 
-    There and back gives every arm the same mean position, so a linear drift cancels.
+    There and back gives every arm in every phase the same mean position, so a linear drift
+    cancels: between the arms, and between a request and its parts.
     """
     shift = block % len(methods)
-    forth = [*methods[shift:], *methods[:shift]]
+    forth = [(phase, name) for phase in phases for name in (*methods[shift:], *methods[:shift])]
     return forth + forth[::-1]
 
 
 def _measure(channel: Channel, task: Task, length: int, arms: dict[str, Cell]) -> None:
-    for order, name in enumerate(window_order(list(arms), task.block)):
+    phases: tuple[Phase, ...] = ("prefill",)
+    if task.decode_tokens:
+        phases = ("prefill", "decode", "request")
+    generated = max(0, task.decode_tokens - 1)
+    for order, (phase, name) in enumerate(window_order(list(arms), task.block, phases)):
         cell = arms[name]
-        channel.ask("cell", step="measuring", context_length=length, method=name)
-        # A twentieth more than asked, so that a slightly faster repeat is not a short window.
-        repeats = max(1, math.ceil(1.05 * task.window_seconds / cell.seconds))
-        channel.ask("ready", context_length=length, method=name)
-        _reset_peak_memory(cell.ids.device)
-        start, end, device_seconds = cell.repeat(repeats)
+        channel.ask("cell", step=f"measuring {phase} of", context_length=length, method=name)
+        batch, prompt = cell.ids.shape
+
+        def ready(name: str = name, cell: Cell = cell) -> None:
+            channel.ask("ready", context_length=length, method=name)
+            _reset_peak_memory(cell.ids.device)
+
+        match phase:
+            case "prefill":
+                repeats = _repeats(task, cell.seconds)
+                ready()
+                start, end, device_seconds = cell.repeat(repeats)
+                tokens = prompt
+            case "decode":
+                repeats = _repeats(task, cell.decode_seconds)
+                start, end, device_seconds = cell.decode(repeats, task.decode_tokens, ready)
+                tokens = generated
+            case "request":
+                repeats = _repeats(task, cell.seconds + cell.decode_seconds)
+                ready()
+                start, end, device_seconds = cell.request(repeats, task.decode_tokens)
+                tokens = prompt + generated
         channel.ask(
             "window",
             context_length=length,
             method=name,
+            phase=phase,
             order=order,
             repeats=repeats,
-            tokens=repeats * cell.ids.numel(),
+            tokens=repeats * batch * tokens,
             start=start,
             end=end,
             device_seconds=device_seconds,
             peak_memory_bytes=_peak_memory_bytes(cell.ids.device),
         )
+
+
+def _repeats(task: Task, seconds: float) -> int:
+    """How often to repeat what takes ``seconds``, so that a window is filled."""
+    # A twentieth more than asked, so that a slightly faster repeat is not a short window.
+    return max(1, math.ceil(1.05 * task.window_seconds / seconds))
 
 
 def _reset_peak_memory(device: torch.device) -> None:

@@ -51,6 +51,12 @@ def run(
     warmup: Annotated[
         str, typer.Option(help="Most seconds to warm up each block, such as 20s.")
     ] = "",
+    decode: Annotated[
+        int,
+        typer.Option(
+            help="Also generate so many tokens per prompt, measured in windows of their own."
+        ),
+    ] = 0,
     batch: Annotated[int, typer.Option(help="Prompts per prefill.")] = 1,
     dtype: Annotated[
         str, typer.Option(help="auto, bfloat16, float16 or float32 (float32: CPU only).")
@@ -123,6 +129,7 @@ def run(
         blocks=None if blocks is None else positive("--blocks", blocks),
         window_seconds=parse_seconds("--window", window),
         warmup_seconds=parse_seconds("--warmup", warmup),
+        decode_tokens=parse_decode(decode),
         grid=place,
         device=device,
         meter="none" if no_energy else meter,
@@ -217,6 +224,13 @@ def positive(option: str, number: int) -> int:
     if number < 1:
         raise UsageError(f"{option} {number} must be 1 or more")
     return number
+
+
+def parse_decode(tokens: int) -> int:
+    """Tokens to generate: none, or two or more, since prefill produces the first."""
+    if tokens == 0 or tokens >= 2:
+        return tokens
+    raise UsageError(f"--decode {tokens} must be 2 or more tokens; prefill produces the first")
 
 
 def parse_seconds(option: str, text: str) -> float | None:

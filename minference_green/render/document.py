@@ -1,13 +1,14 @@
 """A report as headings, rows of text and footnotes; terminal and Markdown print the same."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from minference_green.render.conclusion import conclusion
-from minference_green.render.numbers import ABSENT, factor, figure, percent, significant
+from minference_green.render.numbers import ABSENT, closure, factor, figure, percent, significant
 from minference_green.render.rows import Row, doubts, facts, rows
 from minference_green.results import Run
-from minference_green.stats import Estimate, method_names
+from minference_green.stats import Estimate, decode_cells, method_names
 from minference_green.workload import format_length
 
 
@@ -38,6 +39,7 @@ def document(run: Run, directory: Path | None = None) -> Document:
     sheets = [_cost(run, found, notes)]
     if len(method_names(run)) > 1:
         sheets += [_savings(run, found, notes), _losses(run, found, notes)]
+    sheets += _decode(run, notes)
     sheets.append(_evidence(found))
     return Document(facts(run), doubts(run, directory), tuple(sheets), notes.texts, conclusion(run))
 
@@ -92,6 +94,48 @@ def _cost(run: Run, found: tuple[Row, ...], notes: _Footnotes) -> Sheet:
             for row in found
         ),
     )
+
+
+def _decode(run: Run, notes: _Footnotes) -> list[Sheet]:
+    """Generated tokens, never mixed with prefill: another quantity with another denominator."""
+    found = decode_cells(run)
+    if not found:
+        return []
+
+    def told(estimate: Estimate, form: Callable[[Estimate], str] = figure) -> str:
+        return notes.mark(form(estimate), estimate.reason)
+
+    return [
+        Sheet(
+            "Cost of decode per million generated tokens, dense over the cache that each prefill "
+            "left; a request is prefill and decode as one, beside the sum of its parts",
+            (
+                "Context",
+                "Method",
+                "Generated",
+                "J/Mtok",
+                "gCO2e/Mtok",
+                "s/Mtok",
+                "J/request",
+                "Sum - whole, J",
+                "Sum - whole, s",
+            ),
+            tuple(
+                (
+                    format_length(cell.context_length),
+                    cell.method,
+                    str(cell.tokens),
+                    told(cell.joules_per_mtok),
+                    told(cell.operational_g_per_mtok),
+                    told(cell.seconds_per_mtok),
+                    told(cell.joules_per_request),
+                    told(cell.energy_closure, closure),
+                    told(cell.time_closure, closure),
+                )
+                for cell in found
+            ),
+        )
+    ]
 
 
 def _savings(run: Run, found: tuple[Row, ...], notes: _Footnotes) -> Sheet:

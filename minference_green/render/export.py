@@ -3,13 +3,20 @@
 import csv
 import io
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from minference_green.render.conclusion import conclusion
 from minference_green.render.rows import Row, doubts, rows
 from minference_green.results import Run
-from minference_green.stats import Cell, Comparison, Estimate, break_even, method_names
+from minference_green.stats import (
+    Cell,
+    Comparison,
+    Estimate,
+    break_even,
+    decode_cells,
+    method_names,
+)
 
 Value = str | int | float | bool | None
 
@@ -29,6 +36,7 @@ def _record(run: Run, row: Row) -> dict[str, Value]:
     header, print_, cell = run.header, run.header.fingerprint, row.cell
     record: dict[str, Value] = {
         "run_id": header.run_id,
+        "created_at": header.created_at,
         "complete": run.complete,
         "quick": header.plan.quick,
         "devices": " + ".join(d.name for d in print_.devices),
@@ -75,10 +83,10 @@ def _flat(name: str, estimate: Estimate) -> dict[str, Value]:
     }
 
 
-def as_csv(run: Run) -> str:
+def as_csv(*runs: Run) -> str:
     """The records as CSV (RFC 4180 quoting, line feed at line ends); null is an empty field."""
     out = io.StringIO()
-    table = records(run)
+    table = [record for run in runs for record in records(run)]
     writer = csv.DictWriter(out, fieldnames=list(table[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
@@ -94,6 +102,7 @@ def as_json(run: Run, directory: Path | None = None) -> str:
         "cut": run.cut,
         "doubts": doubts(run, directory),
         "cells": records(run),
+        "decode": [asdict(cell) for cell in decode_cells(run)],
         "break_even": crossings,
         "conclusion": conclusion(run),
     }

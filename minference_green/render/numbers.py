@@ -40,6 +40,11 @@ def percent(estimate: Estimate) -> str:
     return f"{value} % [{low}, {high}]"
 
 
+def closure(estimate: Estimate) -> str:
+    """A small relative difference with its sign: ``+0.31 %``."""
+    return ABSENT if estimate.value is None else f"{100 * estimate.value:+.2f} %"
+
+
 def factor(estimate: Estimate) -> str:
     """A speed-up with its interval: ``1.61x [1.58, 1.64]``."""
     if estimate.value is None:
