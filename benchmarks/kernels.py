@@ -31,6 +31,7 @@ from minference_green.kernels.cut import cut_tiles
 from minference_green.kernels.estimate import last_rows_scores
 from minference_green.kernels.index import TILE, BandIndex
 from minference_green.kernels.selection import FORCED_COLUMNS, band_index
+from minference_green.kernels.top import top_positions
 from minference_green.kernels.vertical_slash import band_attention
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -120,7 +121,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, repeats: int) -> dict[str, float | No
     return times
 
 
-def measure(n: int, dense_up_to: int, repeats: int, pairs: bool) -> dict[str, object]:
+def measure(n: int, dense_up_to: int, repeats: int, portable: bool) -> dict[str, object]:
     """Every figure of one length."""
     g = torch.Generator("cuda").manual_seed(0)
     q, k, v = (
@@ -141,6 +142,7 @@ def measure(n: int, dense_up_to: int, repeats: int, pairs: bool) -> dict[str, ob
     print(f"{n} tokens, estimate: {result['estimate_ms']:.3f} ms")
     rows = []
     out = torch.empty_like(q)
+    pairs = False if portable else None
     for vertical_size, slash_size in BUDGETS:
         if vertical_size > n:
             continue
@@ -156,7 +158,9 @@ def measure(n: int, dense_up_to: int, repeats: int, pairs: bool) -> dict[str, ob
             "slash_size": slash_size,
             "attend_ms": attend_ms,
             "index_ms": milliseconds(
-                lambda sizes=sizes: band_index(*scores, heads, *sizes, cut_tiles=cut_tiles),
+                lambda sizes=sizes: band_index(
+                    *scores, heads, *sizes, cut_tiles=cut_tiles, choose=top_positions
+                ),
                 repeats,
             ),
             "tflops": tiles * 4 * TILE * TILE * HEAD_DIM / attend_ms / 1e9,
@@ -175,18 +179,20 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--dense-up-to", type=int, default=131072, help="longest dense run")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--pairs", action="store_true", help="the Hopper kernel of band_pair.py")
+    parser.add_argument(
+        "--portable", action="store_true", help="the portable kernel on a Hopper GPU too"
+    )
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     machine = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "pairs": options.pairs,
+        "portable": options.portable,
     }
     print(machine)
     runs = [
-        measure(n, options.dense_up_to, options.repeats, options.pairs) for n in options.lengths
+        measure(n, options.dense_up_to, options.repeats, options.portable) for n in options.lengths
     ]
     if options.output is not None:
         options.output.write_text(json.dumps({"machine": machine, "runs": runs}, indent=1) + "\n")

@@ -442,25 +442,6 @@ def split_starts(tile_starts: Tensor) -> Tensor:
     return lists
 
 
-def _check(**tensors: Tensor) -> None:
-    """Check what this kernel assumes beyond ``tile.check_attention``; raises ``ValueError``."""
-    for name, x in tensors.items():
-        capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
-        if capability != (9, 0):
-            raise ValueError(
-                f"pairs needs a Hopper GPU (capability 9.0), {name} is on {x.device} "
-                f"of capability {capability}; leave pairs out"
-            )
-        if x.shape[3] > 128:
-            raise ValueError(f"pairs needs head_dim up to 128, got {x.shape[3]}; leave pairs out")
-        steps = [x.stride(d) * x.element_size() for d in range(3) if x.shape[d] > 1]
-        if x.data_ptr() % 16 or any(step % 16 for step in steps):
-            raise ValueError(
-                f"pairs needs rows of {name} that start at multiples of 16 bytes, "
-                f"got strides {x.stride()}; leave pairs out or call .contiguous()"
-            )
-
-
 def _describe(x: Tensor) -> TensorDescriptor:
     """Descriptor of ``[B, H, N, D]`` that copies ``TILE`` rows of one head, zeros outside."""
     # A dimension of one is never stepped over, so its stride may be anything: make it legal.
@@ -477,11 +458,7 @@ def attend_pairs(
     heads: Tensor, tile_starts: Tensor, columns: Tensor, bits: Tensor, *, scale: float,
     has_lse: bool,
 ) -> None:  # fmt: skip
-    """Launch; arguments as :func:`vertical_slash.band_attention` checked and prepared them.
-
-    Raises ``ValueError`` with the value if device, head_dim or layout do not fit.
-    """
-    _check(q=q, k=k, v=v)
+    """Launch; arguments as :func:`vertical_slash.band_attention` checked and prepared them."""
     batch, _, n_q, head_dim = q.shape
     n_k, n_heads = k.shape[2], len(heads)
     n_pairs = triton.cdiv(n_q, 2 * TILE)

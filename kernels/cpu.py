@@ -3,21 +3,25 @@
 Sparse is really faster here too. A job is one query tile of one head. Jobs are taken in order of
 how many keys lie left of their tile, as many at a time as memory allows: their keys are
 gathered and go through torch's fused CPU attention as one batch, each tile's own 64 keys go
-through it causally, and the two results are merged by their log-sum-exp. Few large steps,
-because each one ends with all threads waiting for the last.
+through it causally, and the two results are merged by their log-sum-exp. Nothing here has a
+gradient.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from minference_green.kernels.index import NONE, TILE, BandIndex, BlockIndex
 
-_GATHERED = 2**21
-"""Elements of K gathered at once, 8 MiB in fp32, unless one tile alone needs more."""
+T = TypeVar("T")
+
+_GATHERED = 2**20
+"""Elements of K a thread gathers at once, 4 MiB in fp32, unless one tile alone needs more."""
 
 
 def band_attention(
@@ -131,13 +135,17 @@ def last_rows_scores(
     columns = torch.zeros(batch, len(heads), n_k)
     slashes = torch.zeros(batch, len(heads), n_k)
     future = torch.ones(last, n_k, dtype=torch.bool).triu(n_k - last + 1)
-    for b in range(batch):
-        for n, head in enumerate(heads.tolist()):
-            logits = q[b, head, -last:].float() @ k[b, head // group].float().T * scale
-            mass = torch.softmax(logits.masked_fill_(future, -torch.inf), -1)
-            columns[b, n] = mass.sum(0)
-            for r, i in enumerate(range(n_k - last, n_k)):
-                slashes[b, n, : i + 1] += mass[r, : i + 1].flip(0)
+
+    def score(job: tuple[int, int, int]) -> None:
+        b, n, head = job
+        logits = q[b, head, -last:].float() @ k[b, head // group].float().T * scale
+        mass = torch.softmax(logits.masked_fill_(future, -torch.inf), -1)
+        columns[b, n] = mass.sum(0)
+        for r, i in enumerate(range(n_k - last, n_k)):
+            slashes[b, n, : i + 1] += mass[r, : i + 1].flip(0)
+
+    jobs = [(b, n, head) for b in range(batch) for n, head in enumerate(heads.tolist())]
+    _on_each_thread(score, jobs)
     return columns, slashes
 
 
@@ -208,11 +216,8 @@ def _attend(
     # Alike jobs together, the longest first: what they gather is padded to the longest of them.
     most_singles = int(tiles.singles.max())
     order = (tiles.blocks * (most_singles + 1) + tiles.singles).argsort(descending=True)
-    begin = 0
-    while begin < len(order):
-        width = int(tiles.blocks[order[begin]]) * TILE + most_singles
-        jobs = order[begin : begin + max(1, _GATHERED // (dim * max(width, TILE)))]
-        begin += len(jobs)
+
+    def run(jobs: Tensor) -> None:
         kv_of_job = kv[jobs // n_tiles]
         own_tile = kv_of_job * n_tiles + jobs % n_tiles
         q_job, k_own, v_own = (
@@ -229,8 +234,37 @@ def _attend(
         blind = part[1].isneginf()
         result.index_copy_(0, jobs, part[0].masked_fill_(blind[..., None], torch.nan).to(q.dtype))
         lse.index_copy_(0, jobs, part[1])
+
+    groups: list[Tensor] = []
+    begin = 0
+    while begin < len(order):
+        width = int(tiles.blocks[order[begin]]) * TILE + most_singles
+        groups.append(order[begin : begin + max(1, _GATHERED // (dim * max(width, TILE)))])
+        begin += len(groups[-1])
+    _on_each_thread(run, groups)
     out.index_copy_(1, heads.long(), result.view(batch, len(heads), -1, dim)[:, :, :n_q])
     return (out, lse.view(batch, len(heads), -1)[..., :n_q].contiguous()) if return_lse else out
+
+
+def _on_each_thread(run: Callable[[T], None], items: Iterable[T]) -> None:
+    """Run every item, as many at a time as torch has threads, each on one thread alone.
+
+    Torch by itself would split every small step over all threads and let each wait for the
+    last: on a busy machine, or one of many cores, the waiting costs more than the work.
+    """
+    threads = torch.get_num_threads()
+
+    def alone(item: T) -> None:
+        with torch.inference_mode():
+            run(item)
+
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(alone, items):
+                pass
+    finally:
+        # What a thread sets for itself is also what threads begun later would start from.
+        torch.set_num_threads(threads)
 
 
 def _output(q: Tensor, out: Tensor | None, heads: Tensor) -> Tensor:

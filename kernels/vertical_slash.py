@@ -185,6 +185,26 @@ def _gather(
     return column_k, column_v
 
 
+def _pairs_refusal(**tensors: Tensor) -> str | None:
+    """What keeps the kernel of ``band_pair.py`` from these tensors, with the value."""
+    for name, x in tensors.items():
+        capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
+        if capability != (9, 0):
+            return (
+                f"needs a Hopper GPU (capability 9.0), {name} is on {x.device} "
+                f"of capability {capability}"
+            )
+        if x.shape[3] > 128:
+            return f"needs head_dim up to 128, got {x.shape[3]}"
+        steps = [x.stride(d) * x.element_size() for d in range(3) if x.shape[d] > 1]
+        if x.data_ptr() % 16 or any(step % 16 for step in steps):
+            return (
+                f"needs rows of {name} that start at multiples of 16 bytes, "
+                f"got strides {x.stride()}"
+            )
+    return None
+
+
 def band_attention(
     q: Tensor,
     k: Tensor,
@@ -194,7 +214,7 @@ def band_attention(
     scale: float,
     out: Tensor | None = None,
     return_lse: bool = False,
-    pairs: bool = False,
+    pairs: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the pairs that ``index.mask`` shows, for the heads it lists.
 
@@ -203,8 +223,11 @@ def band_attention(
     Returns ``out [B, Hq, n_q, D]``, of which only the listed heads' rows are written, and with
     ``return_lse`` also the natural log-sum-exp, fp32 ``[B, len(index.heads), n_q]``.
     ``out=None`` allocates it, in q's memory layout. A query tile reads a key only if at least
-    one of its rows sees it. ``pairs`` asks for the kernel of ``band_pair.py``, in which two
-    query tiles share key tiles: Hopper only, head_dim up to 128. Nothing waits for the device.
+    one of its rows sees it. Nothing waits for the device.
+
+    ``pairs`` is the kernel of ``band_pair.py``, in which two query tiles share key tiles: by
+    default wherever it fits (Hopper, head_dim up to 128, rows at multiples of 16 bytes),
+    ``False`` never, ``True`` or an error. The pairs attended to are the same.
 
     Raises ``ValueError`` with the value on a shape, dtype, device or layout that does not fit.
     """
@@ -220,7 +243,10 @@ def band_attention(
     group = q.shape[1] // k.shape[1]
     column_k, column_v = _gather(k, v, heads, columns, group)
     bits = _band_bits(tile_starts, n_k)
-    if pairs:
+    why_not = None if pairs is False else _pairs_refusal(q=q, k=k, v=v)
+    if pairs and why_not:
+        raise ValueError(f"pairs {why_not}; leave pairs out")
+    if pairs is not False and not why_not:
         # Imported here: Gluon is for Hopper only.
         from minference_green.kernels import band_pair
 

@@ -1,6 +1,7 @@
 """The CPU path: exactly the pairs of an index, as accurate as dense, in bounded memory."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -203,14 +204,55 @@ def test_a_tile_may_miss_its_own_block_and_a_row_without_keys_is_nan() -> None:
     assert attend((q, k, v), nothing)[0].isnan().all()
 
 
-def test_memory_is_bounded_by_one_tile_and_not_by_the_prompt() -> None:
-    """8192 tokens, 1000 columns: all keys of all tiles would be 67 MB a head, fp32."""
+def test_memory_is_bounded_by_one_tile_and_not_by_the_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """8192 tokens, 1000 columns: all keys of all tiles would be 67 MB a head, fp32.
+
+    What is noted is noted on the test's own thread, so the work is done there.
+    """
+    monkeypatch.setattr(cpu, "_on_each_thread", lambda run, items: [run(x) for x in items])
     q, k, v = (torch.zeros(1, 1, 8192, 64) for _ in range(3))
     heads = torch.zeros(1, dtype=torch.int32)
     index = a_shape_index(heads, [1000], [1000], batch=1, n_k=8192)
     with Largest() as largest:
         cpu.band_attention(q, k, v, index, scale=0.125)
-    assert largest.nbytes <= 4 * 2**21
+    assert 2**20 <= largest.nbytes <= 4 * 2**20
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_result_does_not_depend_on_the_number_of_threads_and_leaves_it_alone(
+    threads: int,
+) -> None:
+    """A thread begun later starts from the number torch was given, too."""
+    qkv, before = inputs(1000, 1000, torch.float32), torch.get_num_threads()
+    want = [attend(qkv, index) for index in (a_band(1000), a_block(1000, 1000))]
+    torch.set_num_threads(threads)
+    try:
+        got = [attend(qkv, index) for index in (a_band(1000), a_block(1000, 1000))]
+        with ThreadPoolExecutor(1) as pool:
+            numbers = torch.get_num_threads(), pool.submit(torch.get_num_threads).result()
+    finally:
+        torch.set_num_threads(before)
+    assert numbers == (threads, threads)
+    for (out, lse), (want_out, want_lse) in zip(got, want, strict=True):
+        assert torch.equal(out, want_out)
+        assert torch.equal(lse, want_lse)
+
+
+def test_what_goes_wrong_on_a_thread_is_told_and_the_threads_are_put_back() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError):
+        cpu._on_each_thread(lambda x: 1 // x, [1, 0, 1])
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_runs_in_the_modes_a_model_is_run_in(mode: type[torch.no_grad]) -> None:
+    with mode():
+        qkv = inputs(100, 100, torch.float32)
+        out, _ = attend(qkv, a_band(100))
+    torch.testing.assert_close(out.double(), exact(qkv, a_band(100))[0], rtol=0, atol=1e-5)
 
 
 class Largest(TorchDispatchMode):
