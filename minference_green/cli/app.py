@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 import minference_green
-from minference_green.cli import baseline, check, compare, doctor, measure, report, run, settings
+from minference_green.cli import (
+    baseline,
+    calibrate,
+    check,
+    compare,
+    doctor,
+    history,
+    init,
+    measure,
+    report,
+    run,
+    settings,
+    verify,
+)
 from minference_green.errors import GreenBenchError
 
 EXIT_CODES = """\
@@ -32,6 +45,10 @@ app.command("doctor")(doctor.doctor)
 app.command("measure", context_settings={"allow_interspersed_args": False})(measure.measure)
 app.command("compare")(compare.compare)
 app.command("check")(check.check)
+app.command("calibrate")(calibrate.calibrate)
+app.command("history")(history.history)
+app.command("verify")(verify.verify)
+app.command("init")(init.init)
 app.add_typer(baseline.app, name="baseline")
 
 

@@ -6,7 +6,7 @@ import sys
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -60,6 +60,13 @@ def check(
     exit_zero: Annotated[
         bool, typer.Option("--exit-zero", help="Exit 0 on any verdict; errors keep their code.")
     ] = False,
+    verify_without_gpu: Annotated[
+        bool,
+        typer.Option(
+            "--verify-without-gpu",
+            help="Where the baseline's GPU is missing, recompute the baseline instead.",
+        ),
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
 ) -> None:
@@ -70,6 +77,8 @@ def check(
     from minference_green.bench import InterruptedRunError
     from minference_green.render.junit import junit_of_error
 
+    if verify_without_gpu and _gpu_is_missing(baseline, baselines):
+        _verify_instead(baseline, baselines)
     try:
         checked, warnings = _measure(
             context,
@@ -96,6 +105,33 @@ def check(
     _tell(checked, warnings, json_output)
     _write_files(checked, baseline, on_inconclusive, junit, markdown, openmetrics)
     sys.exit(int(_exit_code(checked, on_inconclusive, exit_zero)))
+
+
+def _gpu_is_missing(name: str, root: Path) -> bool:
+    from minference_green import baseline
+    from minference_green.meters.nvml import gpu_present
+
+    devices = baseline.read(root, name).runs[-1].header.fingerprint.devices
+    return any(device.kind == "gpu" for device in devices) and not gpu_present()
+
+
+def _verify_instead(baseline: str, root: Path) -> NoReturn:
+    """Recompute the stored runs, and leave no doubt that nothing was measured."""
+    from minference_green.cli.verify import exit_code, lines, verifications
+    from minference_green.render.annotations import annotation
+
+    found = list(verifications(f"baseline:{baseline}", root))
+    said = (
+        f"No GPU here: nothing was measured and there is no verdict. Baseline {baseline} was "
+        "recomputed from its raw windows instead."
+    )
+    typer.echo(said)
+    for one in found:
+        for line in lines(one):
+            typer.echo(line)
+    if _on_github():
+        typer.echo(annotation("warning", "green-bench", said), err=True)
+    sys.exit(int(exit_code(found)))
 
 
 def _measure(

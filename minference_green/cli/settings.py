@@ -8,7 +8,7 @@ import typer
 _NOT_SETTINGS = ("help", "resume", "json", "quiet", "exit-zero")
 """Options that belong to one call."""
 
-_READ_BY = ("run", "check", "compare")
+_READ_BY = ("run", "check", "compare", "calibrate")
 """Commands that the file has something to say to."""
 
 
@@ -23,8 +23,13 @@ def apply(context: typer.Context) -> None:
     found = read(Path.cwd(), {"run": run, "check": check})
     if found is None:
         return
+    calibrate = _options(context, "calibrate")
     context.default_map = {
         "run": _defaults(run, found.run),
+        "calibrate": _defaults(
+            calibrate,
+            {k: v for k, v in found.run.items() if k in calibrate and k != "blocks"},
+        ),
         # What a run is given by default is what a check is there to judge.
         "check": _defaults(
             check, {k: v for k, v in found.run.items() if k == "method-option"} | dict(found.check)

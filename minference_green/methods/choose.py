@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from minference_green.errors import UsageError
-from minference_green.methods.dense import Dense
+from minference_green.methods.dense import Dense, DenseAgain
 from minference_green.methods.method import PrefillMethod
 from minference_green.methods.official import read_patterns
 from minference_green.methods.patterns import (
@@ -31,7 +31,7 @@ UNIFORM: dict[str, Callable[..., HeadPattern]] = {
 }
 """Methods that give every head one pattern; the pattern's fields are the options."""
 
-NAMES = ("dense", "minference", *UNIFORM)
+NAMES = ("dense", "minference", *UNIFORM, "dense-again")
 """Methods that come with the package."""
 
 
@@ -61,6 +61,8 @@ def method_from_name(
         return _user_method(name, options)
     if name == "dense":
         return _build(Dense, options, name)
+    if name == "dense-again":
+        return _build(DenseAgain, options, name)
     if name == "minference":
 
         def minference(pattern_file: str | None = None) -> SparsePrefill:

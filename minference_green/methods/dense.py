@@ -179,6 +179,16 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
 
 
+@dataclass(frozen=True)
+class DenseAgain(Dense):
+    """The same under another name: a second arm that shows how far equal arms come apart."""
+
+    @property
+    def name(self) -> str:
+        """One word, shown in reports."""
+        return "dense-again"
+
+
 def _continue(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention aligned at the last row and column."""
     n_q, n_k = q.shape[2], k.shape[2]
