@@ -47,6 +47,7 @@ from minference_green.results import (
     Plan,
     Reading,
     Record,
+    Replay,
     Run,
     Seal,
     Setup,
@@ -101,6 +102,7 @@ class Request(Record):
     window_seconds: float | None = None
     warmup_seconds: float | None = None
     decode_tokens: int = 0
+    breakdown: bool = False
     grid: Grid = Grid()
     device: str = "auto"
     meter: str = "auto"
@@ -339,6 +341,7 @@ class _Experiment:
             "window_seconds": plan.window_seconds,
             "warmup_seconds": plan.warmup_seconds,
             "decode_tokens": plan.decode_tokens,
+            "breakdown": request.breakdown and block == 0,
             "idle_seconds": min(IDLE_SECONDS, plan.window_seconds),
             "backends": {e.context_length: e.chosen for e in events if isinstance(e, Backends)},
             "observed": [
@@ -488,6 +491,8 @@ class _Conversation:
             case "window":
                 experiment.record(self._window(message))
                 experiment.progress.advance()
+            case "replay":
+                experiment.record(self._replay(message))
             case "error":
                 raise WorkerError(message["message"], ExitCode(message["exit_code"]))
             case "crash":
@@ -520,6 +525,32 @@ class _Conversation:
     def _temperature(self) -> float | None:
         known = [s.temperature_celsius for s in self._state()]
         return max((t for t in known if t is not None), default=None)
+
+    def _replay(self, message: Message) -> Replay:
+        readings = self._end(message)
+        start, end = message["start"], message["end"]
+        valid, reasons = doubts(
+            end - start,
+            message["device_seconds"],
+            readings,
+            self.before,
+            self._state(),
+            self.experiment.distrusted,
+        )
+        return Replay(
+            block=self.block,
+            context_length=message["context_length"],
+            method=message["method"],
+            part=message["part"],
+            layers=message["layers"],
+            layers_in_all=message["layers_in_all"],
+            repeats=message["repeats"],
+            start_seconds=start,
+            end_seconds=end,
+            readings=readings,
+            valid=valid,
+            reasons=reasons,
+        )
 
     def _window(self, message: Message) -> Window:
         """The window as a record; one whose energy cannot be read is kept as invalid.

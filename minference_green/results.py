@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -61,6 +61,14 @@ class Reading(Record):
     """False for figures shown beside the headline and never added to it."""
     evidence: dict[str, float] = {}
     """Raw numbers ``joules`` was computed from."""
+
+
+def headline_joules(readings: Sequence[Reading]) -> float | None:
+    """Joules summed over the devices of the headline; null if any device's is null."""
+    parts = [r.joules for r in readings if r.headline]
+    if not parts or any(p is None for p in parts):
+        return None
+    return sum(p for p in parts if p is not None)
 
 
 class DeviceState(Record):
@@ -271,10 +279,7 @@ class Window(Record):
     @property
     def joules(self) -> float | None:
         """Headline joules summed over devices; null if any device's is null."""
-        parts = [r.joules for r in self.readings if r.headline]
-        if not parts or any(p is None for p in parts):
-            return None
-        return sum(p for p in parts if p is not None)
+        return headline_joules(self.readings)
 
     @property
     def obtained(self) -> str:
@@ -290,6 +295,33 @@ class Idle(Record):
     when: Literal["before", "after"]
     seconds: float
     readings: tuple[Reading, ...]
+
+
+class Replay(Record):
+    """One part of a prefill repeated alone, in a window of its own."""
+
+    event: Literal["replay"] = "replay"
+    block: int
+    context_length: int
+    method: str
+    part: str
+    """``estimate``, ``index`` or ``attention`` of the layers named, or ``rest``: a whole prefill
+    whose attention returns its queries."""
+    layers: tuple[int, ...]
+    """Layers whose captured queries, keys and values were replayed; empty for ``rest``."""
+    layers_in_all: int
+    """Layers of the model that the method serves."""
+    repeats: int
+    start_seconds: float
+    end_seconds: float
+    readings: tuple[Reading, ...]
+    valid: bool = True
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Of a whole prefill's such part that one repeat is."""
+        return len(self.layers) / self.layers_in_all if self.layers else 1.0
 
 
 class Skip(Record):
@@ -344,6 +376,7 @@ Event = Annotated[
     | Observation
     | Window
     | Idle
+    | Replay
     | Skip
     | Note
     | BlockDone

@@ -17,7 +17,17 @@ from numpy.typing import NDArray
 
 from minference_green.errors import MeasurementError, UsageError
 from minference_green.grams import embodied_grams, operational_grams
-from minference_green.results import Observation, Phase, Run, Setup, Skip, Window
+from minference_green.results import (
+    Idle,
+    Observation,
+    Phase,
+    Replay,
+    Run,
+    Setup,
+    Skip,
+    Window,
+    headline_joules,
+)
 from minference_green.workload import format_length
 
 SHOWN_LEVEL = 0.90
@@ -83,6 +93,27 @@ class DecodeCell:
     """(prefill + decode) / request - 1 in joules, each from its own windows."""
     time_closure: Estimate
     obtained: str
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Where the joules of one prefill go, by parts replayed alone; of the first block."""
+
+    context_length: int
+    method: str
+    whole_joules: float
+    """Of one prefill, from its own windows in the same block."""
+    part_joules: dict[str, float]
+    """Estimate, index and attention scaled to all layers, and the rest; gross, idle included."""
+    idle_share: float | None
+    """Share of the whole that the GPU would have drawn idle in the same time."""
+    layers: tuple[int, ...]
+    layers_in_all: int
+
+    @property
+    def closure(self) -> float:
+        """Sum of the parts over the whole, minus one."""
+        return sum(self.part_joules.values()) / self.whole_joules - 1
 
 
 @dataclass(frozen=True)
@@ -290,6 +321,49 @@ def _closure(
         return Estimate(None, None, None, 0, absent)
     logs = [math.log(math.exp(prefill[b]) + math.exp(decode[b])) - request[b] for b in blocks]
     return _transformed(_from_logs(logs), lambda ratio: ratio - 1)
+
+
+def breakdowns(run: Run) -> tuple[Breakdown, ...]:
+    """Every arm and length whose parts were all read; nothing if none was asked for."""
+    return tuple(
+        found
+        for length in run.header.workload.context_lengths
+        for name in method_names(run)
+        if (found := _breakdown(run, length, name))
+    )
+
+
+def _breakdown(run: Run, length: int, method: str) -> Breakdown | None:
+    # A block started anew replays anew; the last of each part counts.
+    replays = {
+        r.part: r for r in run.of(Replay) if (r.context_length, r.method) == (length, method)
+    }
+    blocks = {r.block for r in replays.values()}
+    whole = [w for w in _windows(run, length, method) if w.valid and w.block in blocks]
+    joules = [w.joules / w.repeats for w in whole if w.joules is not None]
+    parts = {
+        part: gross / (r.repeats * r.share)
+        for part, r in replays.items()
+        if r.valid and (gross := headline_joules(r.readings)) is not None
+    }
+    if not joules or "rest" not in parts or len(parts) < len(replays):
+        return None
+    seconds = fmean(w.seconds / w.repeats for w in whole)
+    idle = [
+        drawn / i.seconds
+        for i in run.of(Idle)
+        if i.block in blocks and (drawn := headline_joules(i.readings)) is not None
+    ]
+    layered = next((r for r in replays.values() if r.layers), replays["rest"])
+    return Breakdown(
+        context_length=length,
+        method=method,
+        whole_joules=fmean(joules),
+        part_joules=parts,
+        idle_share=fmean(idle) * seconds / fmean(joules) if idle else None,
+        layers=layered.layers,
+        layers_in_all=layered.layers_in_all,
+    )
 
 
 def comparisons(run: Run) -> tuple[Comparison, ...]:

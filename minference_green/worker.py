@@ -23,7 +23,12 @@ from minference_green.channel import Channel, die_with_parent
 from minference_green.errors import GreenBenchError, UsageError
 from minference_green.methods.choose import method_from_name
 from minference_green.methods.dense import BackendTimings, Dense, time_backends
-from minference_green.methods.method import PrefillMethod, ProfiledMethod
+from minference_green.methods.method import (
+    PartedMethod,
+    Parts,
+    PrefillMethod,
+    ProfiledMethod,
+)
 from minference_green.model.attention import switched
 from minference_green.model.loading import LoadedModel, load
 from minference_green.results import Backends, Note, Observation, Phase, Skip
@@ -31,6 +36,10 @@ from minference_green.workload import Workload, format_length
 
 SAMPLED_POSITIONS = 256
 """Prompt positions whose most likely next token is compared with the reference arm's."""
+
+REPLAYED_LAYERS = 4
+"""Layers whose inputs a breakdown replays: their heads' patterns differ between layers, and
+keeping all of them would not fit into memory at long context."""
 
 DENSITY_WARNING = 0.8
 """Above this a sparse method computes nearly everything and is a dense one with overhead."""
@@ -48,6 +57,7 @@ class Task:
     window_seconds: float
     warmup_seconds: float
     decode_tokens: int
+    breakdown: bool
     idle_seconds: float
     backends: dict[int, str]
     """Dense backend already chosen, by context length."""
@@ -70,6 +80,7 @@ class Task:
             window_seconds=fields["window_seconds"],
             warmup_seconds=fields["warmup_seconds"],
             decode_tokens=fields["decode_tokens"],
+            breakdown=fields["breakdown"],
             idle_seconds=fields["idle_seconds"],
             backends={int(k): v for k, v in fields["backends"].items()},
             observed=tuple((n, m) for n, m in fields["observed"]),
@@ -151,6 +162,11 @@ class Cell:
                 input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
             token = out.logits[:, -1:].argmax(-1)
+
+    @torch.inference_mode()
+    def repeat_step(self, times: int, step: Callable[[], object]) -> Interval:
+        """Repeat anything on the model's device."""
+        return self._timed(times, step)
 
     def _timed(self, times: int, step: Callable[[], object]) -> Interval:
         synchronize(self.ids.device)
@@ -275,6 +291,9 @@ def serve(channel: Channel, task: Task, device: torch.device) -> None:
             _settle(channel, arms, task.warmup_seconds)
         _measure(channel, task, length, arms)
         _free(device)
+        if task.breakdown:
+            _break_down(channel, task, length, arms)
+            _free(device)
     _idle(channel, task, "after", device)
 
 
@@ -610,6 +629,104 @@ def _measure(channel: Channel, task: Task, length: int, arms: dict[str, Cell]) -
             device_seconds=device_seconds,
             peak_memory_bytes=_peak_memory_bytes(cell.ids.device),
         )
+
+
+class _Captures:
+    """A method that remembers the inputs of some layers, evenly spread, and counts them all."""
+
+    def __init__(self, method: PrefillMethod, layers: frozenset[int]) -> None:
+        self._method, self._layers = method, layers
+        self.name, self.parameters = method.name, method.parameters
+        self.inputs: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}
+        self.served = set[int]()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> Tensor:
+        self.served.add(layer)
+        if layer in self._layers:
+            self.inputs[layer] = (q, k, v, scale)
+        return self._method.attend(q, k, v, scale=scale, layer=layer)
+
+
+class _ReturnsQueries:
+    """Attention that costs nothing: what is left is the rest of the model."""
+
+    name = "none"
+    parameters: Mapping[str, Any] = MappingProxyType({})
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> Tensor:  # noqa: ARG002
+        return q
+
+
+def _break_down(channel: Channel, task: Task, length: int, arms: dict[str, Cell]) -> None:
+    """What estimate, index, attention and the rest of the model cost, each replayed alone.
+
+    The attention's parts replay the queries, keys and values that this prompt has in
+    ``REPLAYED_LAYERS`` layers, spread evenly from the first to the last. An arm that does not
+    fit into memory beside its captures is noted.
+    """
+    for name, cell in arms.items():
+        channel.ask("cell", step="breaking down", context_length=length, method=name)
+        try:
+            parts, layers, in_all = _replayable(cell)
+            for part, step in parts.items():
+                start, end, _ = cell.repeat_step(1, step)
+                repeats = _repeats(task, end - start)
+                channel.ask("ready", context_length=length, method=name)
+                start, end, device_seconds = cell.repeat_step(repeats, step)
+                channel.ask(
+                    "replay",
+                    context_length=length,
+                    method=name,
+                    part=part,
+                    layers=[] if part == "rest" else layers,
+                    layers_in_all=in_all,
+                    repeats=repeats,
+                    start=start,
+                    end=end,
+                    device_seconds=device_seconds,
+                )
+        except torch.OutOfMemoryError as error:
+            first_line = str(error).strip().splitlines()[0]
+            text = f"{name} at {format_length(length)} not broken down: {first_line}"
+            channel.ask("record", record=Note(message=text).model_dump(mode="json"))
+        finally:
+            _free(cell.ids.device)
+
+
+@torch.inference_mode()
+def _replayable(cell: Cell) -> tuple[dict[str, Callable[[], object]], list[int], int]:
+    """The parts of one arm's prefill, the layers they replay, and how many it serves."""
+    probe = _Captures(cell.method, frozenset())
+    Cell(cell.model, probe, cell.dense, cell.ids).prefill()
+    served = sorted(probe.served)
+    count = min(REPLAYED_LAYERS, len(served))
+    spread = {served[round(i * (len(served) - 1) / max(1, count - 1))] for i in range(count)}
+    captures = _Captures(cell.method, frozenset(spread))
+    Cell(cell.model, captures, cell.dense, cell.ids).prefill()
+    steps: dict[str, list[Callable[[], object]]] = {}
+    for layer, (q, k, v, scale) in captures.inputs.items():
+        for part, step in _parts(cell.method, q, k, v, scale, layer).items():
+            steps.setdefault(part, []).append(step)
+
+    def each(calls: list[Callable[[], object]]) -> Callable[[], None]:
+        def run() -> None:
+            for call in calls:
+                call()
+
+        return run
+
+    parts: dict[str, Callable[[], object]] = {part: each(calls) for part, calls in steps.items()}
+    bare = Cell(cell.model, _ReturnsQueries(), cell.dense, cell.ids)
+    parts["rest"] = bare.prefill
+    return parts, sorted(captures.inputs), len(served)
+
+
+def _parts(
+    method: PrefillMethod, q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int
+) -> Parts:
+    if isinstance(method, PartedMethod):
+        return method.parts(q, k, v, scale=scale, layer=layer)
+    return {"attention": lambda: method.attend(q, k, v, scale=scale, layer=layer)}
 
 
 def _repeats(task: Task, seconds: float) -> int:

@@ -57,6 +57,13 @@ def run(
             help="Also generate so many tokens per prompt, measured in windows of their own."
         ),
     ] = 0,
+    breakdown: Annotated[
+        bool,
+        typer.Option(
+            "--breakdown",
+            help="Also replay estimate, index, attention and rest alone, in the first block.",
+        ),
+    ] = False,
     batch: Annotated[int, typer.Option(help="Prompts per prefill.")] = 1,
     dtype: Annotated[
         str, typer.Option(help="auto, bfloat16, float16 or float32 (float32: CPU only).")
@@ -130,6 +137,7 @@ def run(
         window_seconds=parse_seconds("--window", window),
         warmup_seconds=parse_seconds("--warmup", warmup),
         decode_tokens=parse_decode(decode),
+        breakdown=breakdown,
         grid=place,
         device=device,
         meter="none" if no_energy else meter,

@@ -1,6 +1,6 @@
 """What a prefill method is, and what it may tell about its work."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -48,3 +48,15 @@ class ProfiledMethod(PrefillMethod, Protocol):
 
     def profile(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> LayerProfile:
         """As :meth:`PrefillMethod.attend`, slower, with the account of the work done."""
+
+
+Parts = Mapping[str, Callable[[], object]]
+"""Names of a method's steps to calls that repeat each alone."""
+
+
+@runtime_checkable
+class PartedMethod(PrefillMethod, Protocol):
+    """A method whose steps can be repeated apart, to see what each costs."""
+
+    def parts(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> Parts:
+        """The steps of one call of ``attend``, each fed with what the step before it found."""

@@ -23,7 +23,7 @@ from minference_green.kernels.selection import (
     to_device,
 )
 from minference_green.methods.backend import Kernels, kernels_for, synchronize
-from minference_green.methods.method import LayerProfile
+from minference_green.methods.method import LayerProfile, Parts
 from minference_green.methods.patterns import (
     AShape,
     BlockSparse,
@@ -68,6 +68,18 @@ class SparsePrefill:
         for index in indices:
             density[index.heads.cpu().long()] = index.density(q.shape[2]).mean(0).cpu()
         return LayerProfile(out, density, estimate_seconds, index_seconds, attend_seconds)
+
+    def parts(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> Parts:
+        """See :class:`methods.method.PartedMethod`."""
+        with self._as_usage_error():
+            work = self._layer(q, k, v, scale, layer)
+            scores = work.estimate()
+            indices = work.index(scores)
+        return {
+            "estimate": work.estimate,
+            "index": lambda: work.index(scores),
+            "attention": lambda: work.attend(indices),
+        }
 
     def _layer(self, q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int) -> "_Layer":
         if q.shape[2] != k.shape[2]:

@@ -8,7 +8,7 @@ from minference_green.render.conclusion import conclusion
 from minference_green.render.numbers import ABSENT, closure, factor, figure, percent, significant
 from minference_green.render.rows import Row, doubts, facts, rows
 from minference_green.results import Run
-from minference_green.stats import Estimate, decode_cells, method_names
+from minference_green.stats import Estimate, breakdowns, decode_cells, method_names
 from minference_green.workload import format_length
 
 
@@ -40,6 +40,7 @@ def document(run: Run, directory: Path | None = None) -> Document:
     if len(method_names(run)) > 1:
         sheets += [_savings(run, found, notes), _losses(run, found, notes)]
     sheets += _decode(run, notes)
+    sheets += _breakdown(run)
     sheets.append(_evidence(found))
     return Document(facts(run), doubts(run, directory), tuple(sheets), notes.texts, conclusion(run))
 
@@ -133,6 +134,42 @@ def _decode(run: Run, notes: _Footnotes) -> list[Sheet]:
                     told(cell.time_closure, closure),
                 )
                 for cell in found
+            ),
+        )
+    ]
+
+
+def _breakdown(run: Run) -> list[Sheet]:
+    found = breakdowns(run)
+    if not found:
+        return []
+    known = {p for b in found for p in b.part_joules}
+    parts = tuple(p for p in ("estimate", "index", "attention", "rest") if p in known)
+    replayed = found[0]
+    layers = ", ".join(map(str, replayed.layers))
+    return [
+        Sheet(
+            "Where the joules of one prefill go: each part repeated alone, in the first block, "
+            f"with the inputs of layers {layers}, scaled to {replayed.layers_in_all}; rest is a "
+            "prefill without attention; idle is the share drawn with nothing running",
+            (
+                "Context",
+                "Method",
+                *(f"{p.capitalize()} J" for p in parts),
+                "Whole J",
+                "Sum - whole",
+                "Of it idle",
+            ),
+            tuple(
+                (
+                    format_length(b.context_length),
+                    b.method,
+                    *(significant(b.part_joules.get(p), 3) for p in parts),
+                    significant(b.whole_joules, 3),
+                    f"{100 * b.closure:+.1f} %",
+                    ABSENT if b.idle_share is None else f"{100 * b.idle_share:.0f} %",
+                )
+                for b in found
             ),
         )
     ]

@@ -14,6 +14,7 @@ from minference_green.stats import (
     Comparison,
     Estimate,
     break_even,
+    breakdowns,
     decode_cells,
     method_names,
 )
@@ -103,6 +104,7 @@ def as_json(run: Run, directory: Path | None = None) -> str:
         "doubts": doubts(run, directory),
         "cells": records(run),
         "decode": [asdict(cell) for cell in decode_cells(run)],
+        "breakdown": [{**asdict(b), "closure": b.closure} for b in breakdowns(run)],
         "break_even": crossings,
         "conclusion": conclusion(run),
     }
