@@ -49,7 +49,7 @@ jobs:
     timeout-minutes: 120
     steps:
       - uses: actions/checkout@v4
-      - uses: actions/cache@v4
+      - uses: actions/cache/restore@v4
         with:
           path: green-bench-runs/checks
           key: green-bench-${{ github.sha }}-${{ github.run_attempt }}
@@ -58,6 +58,12 @@ jobs:
       - run: >-
           .green-bench/bin/green-bench check --resume
           --junit green-bench.xml --markdown "$GITHUB_STEP_SUMMARY"
+      # Also after a verdict that failed: a re-run appends to this ledger.
+      - uses: actions/cache/save@v4
+        if: always()
+        with:
+          path: green-bench-runs/checks
+          key: green-bench-${{ github.sha }}-${{ github.run_attempt }}
   verify:
     runs-on: ubuntu-latest
     timeout-minutes: 20
