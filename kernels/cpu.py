@@ -141,8 +141,11 @@ def last_rows_scores(
         logits = q[b, head, -last:].float() @ k[b, head // group].float().T * scale
         mass = torch.softmax(logits.masked_fill_(future, -torch.inf), -1)
         columns[b, n] = mass.sum(0)
-        for r, i in enumerate(range(n_k - last, n_k)):
-            slashes[b, n, : i + 1] += mass[r, : i + 1].flip(0)
+        # Row r holds slash o at last - 1 - r + o from its right end: a row one shorter lines
+        # them up in columns.
+        mirrored = torch.nn.functional.pad(mass.flip(1), (0, last))
+        stride = (n_k + last - 1, 1)
+        slashes[b, n] = mirrored.as_strided((last, n_k), stride, last - 1).sum(0)
 
     jobs = [(b, n, head) for b in range(batch) for n, head in enumerate(heads.tolist())]
     _on_each_thread(score, jobs)
