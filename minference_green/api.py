@@ -1,6 +1,7 @@
 """The functions the package exports beside ``compare``: run and measure."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,12 +104,12 @@ def measure(
     source cannot be read.
     """
     function()
-    synchronize = _cuda_synchronize()
+    synchronize = cuda_synchronize()
     start = time.monotonic()
     function()
     synchronize()
     repeats = max(1, math.ceil(window_seconds / max(time.monotonic() - start, 1e-9)))
-    uuids = _current_gpu() if gpu_uuids is None else list(gpu_uuids)
+    uuids = current_gpu() if gpu_uuids is None else list(gpu_uuids)
     meters = open_meters(meter, gpu_uuids=uuids, allow_shared=False)
     try:
         for source in meters:
@@ -125,16 +126,19 @@ def measure(
     return Measurement(repeats, end - start, readings)
 
 
-def _current_gpu() -> list[str]:
-    import torch
-
-    if not torch.cuda.is_initialized():
+def current_gpu() -> list[str]:
+    """UUID of torch's current GPU, none if torch has not started CUDA in this process."""
+    torch = sys.modules.get("torch")  # what was never loaded has started nothing
+    if torch is None or not torch.cuda.is_initialized():
         return []
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return [f"GPU-{properties.uuid}"]
 
 
-def _cuda_synchronize() -> Callable[[], None]:
-    import torch
-
-    return torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+def cuda_synchronize() -> Callable[[], None]:
+    """What waits for the GPU, if torch has started CUDA in this process."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return lambda: None
+    synchronize: Callable[[], None] = torch.cuda.synchronize
+    return synchronize
