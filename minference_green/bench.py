@@ -55,7 +55,7 @@ from minference_green.results import (
     Window,
     load,
 )
-from minference_green.validity import doubts
+from minference_green.validity import distrusted, doubts
 from minference_green.workload import SYNTHETIC, Workload, format_length
 
 LOG_NAME = "worker.log"
@@ -362,13 +362,8 @@ class _Experiment:
 
     @property
     def distrusted(self) -> dict[str, str]:
-        """Why readings of a device are disputed, by device."""
-        return {
-            d.device: f"green-bench doctor of {d.created_at} failed on {d.device}: "
-            f"{', '.join(d.failing)}; see its advice, then run it again"
-            for d in self.diagnoses
-            if d.failing
-        }
+        """Why readings of a device are disputed; from the header, so that it can be checked."""
+        return distrusted(self.header.fingerprint) if self.header else {}
 
     def identify(self, device: Message, loaded: Message) -> None:
         """Write the header, or refuse to go on with a run whose ground has changed."""

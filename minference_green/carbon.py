@@ -197,6 +197,19 @@ def factor(
     return _world()
 
 
+def places(*, cloud: bool = False) -> list[EmissionFactor]:
+    """Every country, or every cloud region, that has a factor, by name.
+
+    A country whose entry holds no number is left out, as :func:`factor` refuses it.
+    """
+    if cloud:
+        regions = [f"{r.get('provider')}:{r.get('region')}" for r in table(_CLOUD).rows()]
+        return [_cloud(region) for region in sorted(regions)]
+    countries = table(_COUNTRIES).entries()
+    known = (c for c in countries if countries[c].get("carbon_intensity") is not None)
+    return [_country(code) for code in sorted(known)]
+
+
 def _user_supplied(intensity: float, source: str | None) -> EmissionFactor:
     if not (math.isfinite(intensity) and intensity >= 0):
         raise UsageError(f"--intensity must be 0 or more grams of CO2e per kWh, got {intensity}")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from minference_green.results import DeviceState, Reading
+from minference_green.results import DeviceState, Fingerprint, Reading
 
 SHORT_WINDOW_SECONDS = 2.0
 """Below this a window is marked: a counter that moves every 100 ms resolves it poorly."""
@@ -17,6 +17,16 @@ MAX_INVALID_SHARE = 0.20
 
 INVALIDATING_CAUSES = ("thermal", "power_brake")
 """Slowdowns that make a window another experiment. A power cap is a big GPU's normal state."""
+
+
+def distrusted(fingerprint: Fingerprint) -> dict[str, str]:
+    """Why readings of a device are disputed whatever they show, by device."""
+    return {
+        mark.device: f"green-bench doctor of {mark.created_at} failed on {mark.device}: "
+        f"{', '.join(mark.failing)}; see its advice, then run it again"
+        for mark in fingerprint.doctor
+        if mark.failing
+    }
 
 
 def doubts(

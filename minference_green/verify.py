@@ -14,8 +14,8 @@ from minference_green.render.document import document
 from minference_green.render.export import as_csv, as_json
 from minference_green.render.markdown import markdown
 from minference_green.render.table import plain
-from minference_green.results import Idle, Reading, Run, Setup, Window
-from minference_green.validity import doubts
+from minference_green.results import Idle, Reading, Replay, Run, Setup, Window
+from minference_green.validity import distrusted, doubts
 
 RELATIVE = 1e-9
 """Floating point may differ by this between machines; a measured figure may not."""
@@ -45,10 +45,13 @@ class Verification:
 def verify(run: Run, directory: Path | None = None) -> Verification:
     """Recompute a run; ``directory`` is where its file lies, with the reports made from it."""
     problems = [p for window in run.windows for p in _window(run, window)]
+    untrusted = distrusted(run.header.fingerprint)
     for event in run.events:
-        if isinstance(event, Setup | Window | Idle):
+        if isinstance(event, Setup | Window | Idle | Replay):
             problems += [
-                f"{_where(event)}: {p}" for reading in event.readings for p in _reading(reading)
+                f"{_where(event)}: {p}"
+                for reading in event.readings
+                for p in _reading(reading, reading.device in untrusted)
             ]
     reports = [n for n in _REPORTS if directory is not None and (directory / n).is_file()]
     for name in reports:
@@ -60,7 +63,7 @@ def verify(run: Run, directory: Path | None = None) -> Verification:
     readings = [
         r
         for e in run.events
-        if isinstance(e, Setup | Window | Idle)
+        if isinstance(e, Setup | Window | Idle | Replay)
         for r in e.readings
         if r.joules is not None
     ]
@@ -74,7 +77,7 @@ def verify(run: Run, directory: Path | None = None) -> Verification:
     )
 
 
-def _reading(reading: Reading) -> Iterator[str]:
+def _reading(reading: Reading, untrusted: bool) -> Iterator[str]:
     if reading.joules is None:
         return
     raw = reading.evidence
@@ -85,7 +88,10 @@ def _reading(reading: Reading) -> Iterator[str]:
         return
     if not _same(joules, reading.joules):
         yield f"{reading.device} has {reading.joules:.6g} J, its evidence gives {joules:.6g} J"
-    if reading.check_joules is not None and "check_tolerance_joules" in raw:
+    if untrusted:
+        if not reading.disputed:
+            yield f"{reading.device} failed the doctor, and the reading is not disputed"
+    elif reading.check_joules is not None and "check_tolerance_joules" in raw:
         apart = abs(joules - reading.check_joules)
         if reading.disputed is not (apart > raw["check_tolerance_joules"]):
             yield (
@@ -97,7 +103,13 @@ def _reading(reading: Reading) -> Iterator[str]:
 
 def _window(run: Run, window: Window) -> Iterator[str]:
     where = _where(window)
-    tokens = window.repeats * run.header.workload.batch * window.context_length
+    generated = max(0, run.header.plan.decode_tokens - 1)
+    per_sequence = {
+        "prefill": window.context_length,
+        "decode": generated,
+        "request": window.context_length + generated,
+    }
+    tokens = window.repeats * run.header.workload.batch * per_sequence[window.phase]
     if window.tokens != tokens:
         yield f"{where}: {window.tokens} tokens, but {window.repeats} repeats are {tokens}"
     for reading in window.readings:
@@ -106,7 +118,12 @@ def _window(run: Run, window: Window) -> Iterator[str]:
             if told != on_file:
                 yield f"{where}: the window's {end} is {on_file}, its evidence says {told}"
     valid, reasons = doubts(
-        window.seconds, window.device_seconds, window.readings, window.before, window.after
+        window.seconds,
+        window.device_seconds,
+        window.readings,
+        window.before,
+        window.after,
+        distrusted(run.header.fingerprint),
     )
     if window.valid and not valid:
         yield f"{where}: counted as valid, but {reasons[0]}"
@@ -114,7 +131,7 @@ def _window(run: Run, window: Window) -> Iterator[str]:
         yield f"{where}: left out without a reason"
 
 
-def _where(event: Setup | Window | Idle) -> str:
+def _where(event: Setup | Window | Idle | Replay) -> str:
     if isinstance(event, Window):
         return f"block {event.block}, window {event.order} ({event.method})"
     return f"block {event.block}, {event.event}"

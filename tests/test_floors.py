@@ -36,6 +36,7 @@ FLOORS = {
     "model": 4,
     "command": 5,
     "diagnosis": 2,
+    "projection": 2,
     "doctor": 5,
     "load": 5,
     "load_worker": 5,

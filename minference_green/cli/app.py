@@ -10,6 +10,7 @@ import minference_green
 from minference_green.cli import (
     baseline,
     calibrate,
+    carbon,
     check,
     compare,
     doctor,
@@ -50,6 +51,7 @@ app.command("history")(history.history)
 app.command("verify")(verify.verify)
 app.command("init")(init.init)
 app.add_typer(baseline.app, name="baseline")
+app.add_typer(carbon.app, name="carbon")
 
 
 def _version(wanted: bool) -> None:

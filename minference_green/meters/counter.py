@@ -14,7 +14,7 @@ import psutil
 
 from minference_green.meters import evidence
 from minference_green.meters.clock import MONOTONIC, Clock
-from minference_green.meters.device import Gpu
+from minference_green.meters.device import Gpu, GpuInfo
 from minference_green.meters.evidence import EDGES, Edge
 from minference_green.meters.faults import (
     CounterBackwardsError,
@@ -222,6 +222,10 @@ class CounterMeter:
         before, _ = evidence.slopes(raw)
         # Only from before: a counter that failed in the window would vouch for itself after it.
         board.idle_watts = min(before, board.idle_watts or before)
+        uncertainty = evidence.bracket_uncertainty(raw)
+        update = raw["t0_seconds"] - raw["before_seconds"]
+        if seconds < update and uncertainty >= abs(joules):
+            return _unresolved(info, seconds, uncertainty, raw)
         low, high = 0.3 * board.idle_watts, info.power_limit_watts
         mean = joules / seconds
         if not low <= mean or mean <= 0 or (high and mean > 1.3 * high):
@@ -241,7 +245,7 @@ class CounterMeter:
             source=f"{info.library} energy counter",
             joules=joules,
             reason="; ".join(doubts) or None,
-            uncertainty_joules=evidence.bracket_uncertainty(raw),
+            uncertainty_joules=uncertainty,
             check_joules=check,
             disputed=disputed,
             evidence=raw,
@@ -272,6 +276,22 @@ class CounterMeter:
         missed = evidence.sampling_error(samples, raw["start_seconds"], raw["end_seconds"])
         raw["check_tolerance_joules"] = evidence.check_tolerance(joules, swing, hidden, missed)
         return check, abs(joules - check) > raw["check_tolerance_joules"], None
+
+
+def _unresolved(
+    info: GpuInfo, seconds: float, uncertainty: float, raw: dict[str, float]
+) -> Reading:
+    """The reading of a window too short for its counter: no number, and why."""
+    return Reading(
+        device=info.uuid,
+        scope=info.scope,
+        obtained="simulated" if info.simulated else "counter",
+        source=f"{info.library} energy counter",
+        joules=None,
+        reason=f"{seconds:.3f} s is too short for this counter, which resolves "
+        f"{uncertainty:.1f} J here; repeat the work until it lasts 2 s",
+        evidence=raw,
+    )
 
 
 def hidden_seconds(gpu: Gpu) -> float:

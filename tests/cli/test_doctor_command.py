@@ -94,3 +94,5 @@ def test_a_failed_check_marks_the_windows_of_later_runs_as_disputed(
     assert all(r.disputed for w in run.windows for r in w.readings)
     assert all(w.valid for w in run.windows)
     assert "green-bench doctor of 2026-05-01" in done.stdout
+    done = green_bench("verify", directory)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -61,7 +61,7 @@ def test_options_after_the_command_are_the_commands_own(green_bench, meter) -> N
 
 
 def test_a_short_command_is_marked(green_bench, meter) -> None:
-    done = green_bench("measure", "--meter", meter, "--", "true")
+    done = green_bench("measure", "--meter", meter, "--", "sleep", "1")
     assert done.returncode == 0
     assert "! short" in done.stderr
 

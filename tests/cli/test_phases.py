@@ -28,6 +28,12 @@ def test_every_phase_has_windows_of_its_own_in_balanced_order(phased) -> None:
     assert run.header.plan.decode_tokens == 7
 
 
+def test_such_a_run_verifies(phased, green_bench) -> None:
+    _, _, directory = phased
+    done = green_bench("verify", directory)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_decode_counts_generated_tokens_less_the_one_that_prefill_produced(phased) -> None:
     _, run, _ = phased
     per_repeat = {"prefill": 2 * 300, "decode": 2 * 6, "request": 2 * 306}

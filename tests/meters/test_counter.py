@@ -242,6 +242,16 @@ def test_a_device_that_exists_gives_joules_by_its_counter(world):
     assert reading.obtained == "counter"
 
 
+def test_a_window_too_short_for_the_counter_has_no_joules_and_says_so(make_world):
+    """Its error would be as large as itself: whatever came out would be noise."""
+    for seed in range(10):
+        world = make_world()
+        gpu = world.cold_gpu(seed)
+        [reading], _, _ = world.window(world.counter_meter(gpu), [gpu], 0.002, watts=120.0)
+        assert reading.joules is None
+        assert "too short for this counter" in reading.reason
+
+
 def test_without_a_sampler_the_check_is_null_with_a_reason(world):
     gpu = world.gpu()
     [reading], _, _ = world.window(world.counter_meter(gpu, check=False), [gpu])
