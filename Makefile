@@ -13,7 +13,7 @@ endif
 export PYTHONSAFEPATH := 1
 ARGS ?=
 
-.PHONY: setup bench test lint clean bench-kernels gate-table
+.PHONY: setup bench test lint clean bench-kernels gate-table check-energy gate-replay
 
 setup: $(READY)
 
@@ -42,6 +42,14 @@ bench-kernels: $(READY)
 
 gate-table: $(READY)
 	$(PY) benchmarks/gate.py $(ARGS)
+
+# Against reports/baselines/main; on a machine without its GPU, recomputes it instead.
+check-energy: $(READY)
+	$(PY) -m minference_green.cli.app check --verify-without-gpu $(ARGS)
+
+# The gate on recorded blocks: make gate-replay RUN=reports/<a run of 40 blocks>
+gate-replay: $(READY)
+	$(PY) benchmarks/resample.py $(RUN) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
