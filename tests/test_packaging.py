@@ -83,6 +83,20 @@ def test_the_command_runs_from_the_installed_wheel(wheel: Path, tmp_path: Path) 
     assert version.startswith("green-bench ")
 
 
+def test_pytest_finds_the_plugin_of_the_installed_wheel_and_loads_it_once(
+    wheel: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "site"
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target")
+    run(*pip, target, wheel, cwd=tmp_path)
+    for twice in ((), ("-p", "minference_green.pytest_plugin")):
+        done = run(
+            sys.executable, "-P", "-m", "pytest", *twice, "--help",
+            cwd=tmp_path, PYTHONPATH=str(target),
+        )  # fmt: skip
+        assert done.stdout.count("--green-save") == 1
+
+
 def test_transformers_works_with_the_repository_root_first_on_the_path() -> None:
     code = (
         "import sys; sys.path.insert(0, '.');"
