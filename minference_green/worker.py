@@ -346,6 +346,7 @@ def _prepare(
 ) -> dict[tuple[int, str], Cell]:
     """Compile and warm every arm at every length once; a cell that does not fit is skipped."""
     cells: dict[tuple[int, str], Cell] = {}
+    compiled: set[str] = set()
     for length, ids in prompts.items():
         try:
             dense = _choose_dense(channel, task, model, ids, methods)
@@ -361,9 +362,10 @@ def _prepare(
             arm = dense if isinstance(method, Dense) else method
             cell = Cell(model, arm, dense, ids)
             try:
-                start, end, _ = cell.repeat(1)  # compiles
-                if end - start < task.window_seconds:
-                    start, end, _ = cell.repeat(1)  # how many fit a window
+                if name not in compiled:
+                    cell.repeat(1)
+                    compiled.add(name)
+                start, end, _ = cell.repeat(1)  # how many fit a window
                 cell.seconds = end - start
                 if task.decode_tokens:
                     start, end, _ = cell.decode(1, task.decode_tokens, lambda: None)
@@ -606,6 +608,7 @@ def _measure(channel: Channel, task: Task, length: int, arms: dict[str, Cell]) -
                 repeats = _repeats(task, cell.seconds)
                 ready()
                 start, end, device_seconds = cell.repeat(repeats)
+                cell.seconds = (end - start) / repeats
                 tokens = prompt
             case "decode":
                 repeats = _repeats(task, cell.decode_seconds)

@@ -52,7 +52,6 @@ DOORS = {
     "transformers": {"model/"},
     "typer": {"cli/"},
     "pytest": {"pytest_plugin.py"},
-    "click": {"cli/"},
     "scipy": {"stats.py"},
     "triton": {"kernels/"},
     "rich": {"cli/", "render/"},
