@@ -139,8 +139,11 @@ def doubts(run: Run, directory: Path | None = None) -> tuple[str, ...]:
     if run.cut:
         found.append("The last line of the run file was cut short and is left out.")
     if not run.complete:
-        place = "DIR" if directory is None else directory.resolve().parent
-        name = run.header.run_id if directory is None else directory.resolve().name
+        if directory is None:
+            directory = Path("DIR") / run.header.run_id
+        elif not directory.name:  # as in "." the name is not written out
+            directory = directory.resolve()
+        place, name = directory.parent, directory.name
         found.append(
             f"Incomplete: {len(run.blocks_done)} of {run.blocks_planned} blocks finished. "
             f"Go on with: green-bench run --resume {name} --output {place}"
