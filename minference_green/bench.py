@@ -306,8 +306,10 @@ class _Experiment:
 
     def record(self, event: Event) -> None:
         """Put a record on disk and in memory."""
-        self.journal.append(event)
+        # Memory first: Ctrl-C while the disk is being waited for must not forget a window that
+        # is on it already.
         self.events.append(event)
+        self.journal.append(event)
 
     def _worker_died(self, block: int, worker: WorkerProcess, cell: tuple[int, str] | None) -> None:
         """Skip the cell that made the system kill the worker; anything else is an error."""
