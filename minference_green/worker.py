@@ -29,6 +29,8 @@ from minference_green.methods.method import (
     PrefillMethod,
     ProfiledMethod,
 )
+from minference_green.methods.official import check_shape
+from minference_green.methods.sparse import SparsePrefill
 from minference_green.model.attention import switched
 from minference_green.model.loading import LoadedModel, load
 from minference_green.results import Backends, Note, Observation, Phase, Skip
@@ -308,6 +310,14 @@ def _methods(task: Task, model: LoadedModel) -> dict[str, PrefillMethod]:
     methods: dict[str, PrefillMethod] = {}
     for asked in task.methods:
         method = method_from_name(asked, task.options.get(asked, {}), patterns=model.patterns)
+        if isinstance(method, SparsePrefill) and isinstance(method.patterns, tuple):
+            config = model.model.config.get_text_config()
+            check_shape(
+                method.patterns,
+                n_layers=config.num_hidden_layers,
+                n_heads=config.num_attention_heads,
+                source=f"the pattern file of {asked}",
+            )
         if method.name in methods:
             raise UsageError(
                 f"two methods call themselves {method.name}; an arm needs its own name"

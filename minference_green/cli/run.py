@@ -209,7 +209,9 @@ def parse_options(texts: list[str]) -> dict[str, dict[str, str]]:
                 f"--method-option {text!r} is not METHOD.KEY=VALUE; "
                 "write for example vertical-slash.slash_size=800"
             )
-        options.setdefault(method, {})[key] = value
+        if key in options.setdefault(method, {}):
+            raise UsageError(f"--method-option {target} is given twice; give it once")
+        options[method][key] = value
     return options
 
 

@@ -5,7 +5,7 @@ import importlib
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -33,19 +33,6 @@ UNIFORM: dict[str, Callable[..., HeadPattern]] = {
 
 NAMES = ("dense", "minference", *UNIFORM, "dense-again")
 """Methods that come with the package."""
-
-
-def parse_options(pairs: Sequence[str]) -> dict[str, str]:
-    """Options from ``key=value`` texts; raises ``UsageError`` on one that is not, or repeats."""
-    options: dict[str, str] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise UsageError(f"{pair!r} is not an option; write key=value")
-        if key in options:
-            raise UsageError(f"the option {key} is given twice")
-        options[key] = value
-    return options
 
 
 def method_from_name(

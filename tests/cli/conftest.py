@@ -1,5 +1,6 @@
 """Runs of the real command, small enough for a test."""
 
+import json
 import os
 import subprocess
 import sys
@@ -59,6 +60,9 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory that holds a user's own methods, the README's among them."""
     directory = tmp_path_factory.mktemp("work")
     from_readme = README.read_text().split("```python\n")[1].split("```")[0]
+    one_head = json.dumps([{"0": ["vertical_and_slash", 30, 800, 1.0]}])
+    (directory / "one_head.json").write_text(one_head)
+    (directory / "bad_head.json").write_text(one_head.replace("vertical_and_slash", "spiral"))
     (directory / "mine.py").write_text(from_readme + UNLUCKY)
     return directory
 

@@ -40,6 +40,7 @@ def test_help_lists_the_verbs_and_every_exit_code(green_bench: GreenBench) -> No
         (["run", "--methods", ","], "names no method"),
         (["run", "--method-option", "slash_size=9"], "is not METHOD.KEY=VALUE"),
         (["run", "--method-option", "a-shape.n_init=9"], "a-shape"),
+        (["run", "--method-option", "dense.x=1", "--method-option", "dense.x=2"], "given twice"),
         (["run", "--dtype", "int8"], "'int8' is not known"),
         (["run", "--window", "soon"], "'soon' is not a time"),
         (["run", "--window", "0s"], "more than 0 seconds"),

@@ -304,6 +304,8 @@ def test_a_worker_the_system_kills_costs_its_cell_and_no_more(
         (["--model", "./nowhere"], 2, "nowhere"),
         (["--context", "64m"], 2, "--allow-longer"),
         (["--method-option", "minference.pattern_file=none.json"], 2, "none.json"),
+        (["--method-option", "minference.pattern_file=one_head.json"], 2, "1 layers of 1 heads"),
+        (["--method-option", "minference.pattern_file=bad_head.json"], 2, "layer 0, head 0"),
         (["--method-option", "minference.slash=3"], 2, "slash"),
         (["--device", "cuda"], 2, "cuda"),
         (["--device", "toaster"], 2, "toaster"),

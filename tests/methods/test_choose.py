@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minference_green.errors import UsageError
-from minference_green.methods.choose import NAMES, method_from_name, parse_options
+from minference_green.methods.choose import NAMES, method_from_name
 from minference_green.methods.dense import Dense
 from minference_green.methods.method import PrefillMethod, ProfiledMethod
 from minference_green.methods.patterns import AShape, BlockSparse, VerticalSlash
@@ -38,15 +38,6 @@ def test_options_set_the_fields_of_the_pattern() -> None:
     assert patterns_of(method_from_name("block-sparse", {"top_k": "7"})) == BlockSparse(7)
     assert method_from_name("dense", {"backend": "math"}) == Dense("math")
     assert method_from_name("dense", {}) == Dense(None)
-
-
-def test_options_are_read_from_pairs() -> None:
-    assert parse_options(["a=1", "b=x=y", "c="]) == {"a": "1", "b": "x=y", "c": ""}
-    for pair in ("a", "=1", ""):
-        with pytest.raises(UsageError, match="is not an option; write key=value"):
-            parse_options([pair])
-    with pytest.raises(UsageError, match="the option a is given twice"):
-        parse_options(["a=1", "a=2"])
 
 
 @pytest.mark.parametrize(
