@@ -183,6 +183,12 @@ def test_any_changed_byte_of_a_sealed_run_is_found(sealed: Path) -> None:
     assert missed == []
 
 
+def test_a_seal_written_otherwise_is_found_though_it_says_the_same(sealed: Path) -> None:
+    sealed.write_text(sealed.read_text().replace('"seal","sha256"', '"seal", "sha256"'))
+    with pytest.raises(SealError):
+        load(sealed)
+
+
 def test_an_edited_figure_is_told_from_damage(sealed: Path) -> None:
     sealed.write_text(sealed.read_text().replace('"joules":100.0', '"joules":50.0'))
     with pytest.raises(SealError, match="was changed after it was sealed") as error:
