@@ -20,10 +20,10 @@ from minference_green.validity import distrusted, doubts
 RELATIVE = 1e-9
 """Floating point may differ by this between machines; a measured figure may not."""
 
-_REPORTS: Mapping[str, Callable[[Run], str]] = {
-    "report.txt": lambda run: plain(document(run)),
-    "report.md": lambda run: markdown(document(run)),
-    "report.csv": as_csv,
+_REPORTS: Mapping[str, Callable[[Run, Path], str]] = {
+    "report.txt": lambda run, directory: plain(document(run, directory)),
+    "report.md": lambda run, directory: markdown(document(run, directory)),
+    "report.csv": lambda run, _: as_csv(run),
     "report.json": as_json,
 }
 """Reports that may lie beside a run file, and how each is made."""
@@ -56,7 +56,7 @@ def verify(run: Run, directory: Path | None = None) -> Verification:
     reports = [n for n in _REPORTS if directory is not None and (directory / n).is_file()]
     for name in reports:
         assert directory is not None
-        if (directory / name).read_bytes() != _REPORTS[name](run).encode():
+        if (directory / name).read_bytes() != _REPORTS[name](run, directory).encode():
             problems.append(
                 f"{name} is not what green-bench report makes of this run; write it again"
             )

@@ -116,6 +116,14 @@ def test_reports_beside_the_run_must_be_what_it_says(run, tmp_path):
     assert problem.startswith("report.md is not what green-bench report makes of this run")
 
 
+def test_a_report_of_an_unfinished_run_holds_its_place_in_the_resume_line(six_blocks, tmp_path):
+    run = with_evidence(six_blocks)
+    plan = run.header.plan.model_copy(update={"blocks": 7})
+    run = run.model_copy(update={"header": run.header.model_copy(update={"plan": plan})})
+    (tmp_path / "report.md").write_text(markdown(document(run, tmp_path)))
+    assert verify(run, tmp_path).problems == ()
+
+
 def test_every_changed_byte_of_a_bundle_makes_verify_exit_with_another_code(
     run, store, tmp_path, monkeypatch, capsys
 ):
