@@ -7,8 +7,8 @@ A map, from the bottom up (a module imports only from its own floor or below):
 2. ``stats``, ``verdict``, ``render``: readers of results; neither torch nor NVML
 3. ``methods``, ``meters``, ``carbon``: prefill methods; energy readings; gCO2e
 4. ``model``: the only place that imports transformers
-5. ``bench``, ``worker``: the measuring loop and the process that runs a model; ``doctor``,
-   ``load``, ``load_worker``: checks of the sensors, and the load they need
+5. ``bench``: the measuring loop; ``worker``, ``task``, ``cell``, ``observe``, ``breakdown``: the
+   process that runs a model; ``check``, ``doctor``, ``command``: other jobs that measure
 6. ``api``, ``cli``: the exported functions and the ``green-bench`` command
 """
 

@@ -42,6 +42,11 @@ FLOORS = {
     "load_worker": 5,
     "bench": 5,
     "worker": 5,
+    "task": 5,
+    "cell": 5,
+    "observe": 5,
+    "breakdown": 5,
+    "torch_device": 5,
     "api": 6,
     "cli": 6,
 }

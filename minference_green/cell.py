@@ -1,0 +1,121 @@
+"""One arm at one context length, run as often as a window needs."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from minference_green.methods.backend import synchronize
+from minference_green.methods.dense import Dense
+from minference_green.methods.method import PrefillMethod
+from minference_green.model.attention import switched
+from minference_green.model.loading import LoadedModel
+
+Interval = tuple[float, float, float | None]
+"""Monotonic start and end, and seconds by device events; null on a CPU."""
+
+
+class Cache(Protocol):
+    """What is used of a model's cache."""
+
+    def crop(self, max_length: int) -> None:
+        """Shorten by ``-max_length`` tokens."""
+
+
+class Cell:
+    """One arm at one context length, ready to prefill."""
+
+    def __init__(
+        self, model: LoadedModel, method: PrefillMethod, dense: Dense, ids: Tensor
+    ) -> None:
+        self.model, self.method, self.dense, self.ids = model, method, dense, ids
+        self.seconds = 0.0
+        self.decode_seconds = 0.0
+
+    @torch.inference_mode()
+    def prefill(self, keep: int | Tensor = 1) -> Tensor:
+        """Logits ``[B, kept, vocabulary]`` of one prefill that fills a fresh cache."""
+        with switched(self.model.model, self.method, dense=self.dense):
+            return self._forward(keep)
+
+    def _forward(self, keep: int | Tensor) -> Tensor:
+        out = self.model.model(input_ids=self.ids, use_cache=True, logits_to_keep=keep)
+        logits: Tensor = out.logits
+        return logits
+
+    @torch.inference_mode()
+    def repeat(self, times: int) -> Interval:
+        """Prefill ``times`` times."""
+        with switched(self.model.model, self.method, dense=self.dense):
+            return self._timed(times, lambda: self._forward(1))
+
+    @torch.inference_mode()
+    def decode(self, times: int, tokens: int, ready: Callable[[], object]) -> Interval:
+        """Generate ``tokens`` greedily over one prompt's cache, ``times`` times.
+
+        The prefill, which produces the first of them, is done before ``ready`` is called, and
+        the interval begins after it. Each repeat begins again at the prompt's end. Attention is
+        dense over the cache that the method's prefill left.
+        """
+        with switched(self.model.model, self.method, dense=self.dense):
+            cache, first = self._prefilled()
+            synchronize(self.ids.device)
+            ready()
+
+            def once() -> None:
+                self._generate(cache, first, tokens)
+                cache.crop(1 - tokens)
+
+            return self._timed(times, once)
+
+    @torch.inference_mode()
+    def request(self, times: int, tokens: int) -> Interval:
+        """Prefill and generate ``tokens``, ``times`` times, each with a cache of its own."""
+        with switched(self.model.model, self.method, dense=self.dense):
+            return self._timed(times, lambda: self._generate(*self._prefilled(), tokens))
+
+    def _prefilled(self) -> tuple[Cache, Tensor]:
+        """The cache of one prefill, and the token it produced for each sequence."""
+        out = self.model.model(input_ids=self.ids, use_cache=True, logits_to_keep=1)
+        return out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+    def _generate(self, cache: Cache, token: Tensor, tokens: int) -> None:
+        for _ in range(tokens - 1):
+            out = self.model.model(
+                input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            token = out.logits[:, -1:].argmax(-1)
+
+    @torch.inference_mode()
+    def repeat_step(self, times: int, step: Callable[[], object]) -> Interval:
+        """Repeat anything on the model's device."""
+        return self._timed(times, step)
+
+    def _timed(self, times: int, step: Callable[[], object]) -> Interval:
+        synchronize(self.ids.device)
+        marks = _events(self.ids.device)
+        start = time.monotonic()
+        if marks:
+            marks[0].record()
+        for _ in range(times):
+            step()
+        if marks:
+            marks[1].record()
+        synchronize(self.ids.device)
+        end = time.monotonic()
+        return start, end, marks[0].elapsed_time(marks[1]) / 1e3 if marks else None
+
+
+def _events(device: torch.device) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+
+def repeats_for(window_seconds: float, seconds: float) -> int:
+    """How often to repeat what takes ``seconds``, so that a window is filled."""
+    # A twentieth more than asked, so that a slightly faster repeat is not a short window.
+    return max(1, math.ceil(1.05 * window_seconds / seconds))
