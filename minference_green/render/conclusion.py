@@ -97,8 +97,8 @@ def _provenance(run: Run, comparison: Comparison) -> str:
 
 def _break_even(found: BreakEven) -> tuple[str, ...]:
     if found.tokens is None and found.high is not None:
-        first = format_length(round(found.high))
-        return (f"It used less energy at every length compared, from {first} on.",)
+        clear = f"its interval is clear of zero from about {_tokens(found.high)} tokens on"
+        return (f"It used less energy at every length compared; {clear}.",)
     if found.tokens is None:
         return ()
     low = "below what was measured" if found.low is None else _tokens(found.low)

@@ -266,7 +266,8 @@ def test_the_conclusion_says_how_much_less_at_which_density_and_how_it_is_known(
     assert sentence == (
         "At 32k tokens minference used 60.0 % [59.5, 60.5] less energy than dense and took "
         "60.0 % [59.5, 60.5] less time, at density 0.12 (planted weights, counter energy). "
-        "It used less energy at every length compared, from 8k on."
+        "It used less energy at every length compared; its interval is clear of zero from about "
+        "8.0k tokens on."
     )
 
 
