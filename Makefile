@@ -30,7 +30,7 @@ bench: $(READY)
 
 # GPU tests share the device: make test ARGS="-m gpu -n 0".
 test: $(READY)
-	$(PY) -m pytest -n 2 $(ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .
