@@ -58,10 +58,10 @@ def break_down(channel: Channel, task: Task, length: int, arms: dict[str, Cell])
         try:
             parts, layers, in_all = _replayable(cell)
             for part, step in parts.items():
-                start, end, _ = cell.repeat_step(1, step)
-                repeats = repeats_for(task.window_seconds, end - start)
+                once = cell.repeat_step(1, step)
+                repeats = repeats_for(task.window_seconds, once.seconds_each)
                 channel.ask("ready", context_length=length, method=name)
-                start, end, device_seconds = cell.repeat_step(repeats, step)
+                took = cell.repeat_step(repeats, step, task.window_seconds)
                 channel.ask(
                     "replay",
                     context_length=length,
@@ -69,10 +69,7 @@ def break_down(channel: Channel, task: Task, length: int, arms: dict[str, Cell])
                     part=part,
                     layers=[] if part == "rest" else layers,
                     layers_in_all=in_all,
-                    repeats=repeats,
-                    start=start,
-                    end=end,
-                    device_seconds=device_seconds,
+                    **took._asdict(),
                 )
         except torch.OutOfMemoryError as error:
             first_line = str(error).strip().splitlines()[0]

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +14,21 @@ from minference_green.methods.method import PrefillMethod
 from minference_green.model.attention import switched
 from minference_green.model.loading import LoadedModel
 
-Interval = tuple[float, float, float | None]
-"""Monotonic start and end, and seconds by device events; null on a CPU."""
+
+class Interval(NamedTuple):
+    """One timed stretch of repeated work."""
+
+    start: float
+    """Monotonic clock, as ``end``."""
+    end: float
+    device_seconds: float | None
+    """The same stretch by device events; null on a CPU."""
+    repeats: int
+
+    @property
+    def seconds_each(self) -> float:
+        """Mean seconds of one repeat."""
+        return (self.end - self.start) / self.repeats
 
 
 class Cache(Protocol):
@@ -47,13 +60,19 @@ class Cell:
         return logits
 
     @torch.inference_mode()
-    def repeat(self, times: int) -> Interval:
-        """Prefill ``times`` times."""
+    def repeat(self, times: int, least_seconds: float = 0.0) -> Interval:
+        """Prefill ``times`` times; on a CPU also until ``least_seconds`` have passed."""
         with switched(self.model.model, self.method, dense=self.dense):
-            return self._timed(times, lambda: self._forward(1))
+            return self._timed(times, least_seconds, lambda: self._forward(1))
 
     @torch.inference_mode()
-    def decode(self, times: int, tokens: int, ready: Callable[[], object]) -> Interval:
+    def decode(
+        self,
+        times: int,
+        tokens: int,
+        ready: Callable[[], object],
+        least_seconds: float = 0.0,
+    ) -> Interval:
         """Generate ``tokens`` greedily over one prompt's cache, ``times`` times.
 
         The prefill, which produces the first of them, is done before ``ready`` is called, and
@@ -69,13 +88,15 @@ class Cell:
                 self._generate(cache, first, tokens)
                 cache.crop(1 - tokens)
 
-            return self._timed(times, once)
+            return self._timed(times, least_seconds, once)
 
     @torch.inference_mode()
-    def request(self, times: int, tokens: int) -> Interval:
+    def request(self, times: int, tokens: int, least_seconds: float = 0.0) -> Interval:
         """Prefill and generate ``tokens``, ``times`` times, each with a cache of its own."""
         with switched(self.model.model, self.method, dense=self.dense):
-            return self._timed(times, lambda: self._generate(*self._prefilled(), tokens))
+            return self._timed(
+                times, least_seconds, lambda: self._generate(*self._prefilled(), tokens)
+            )
 
     def _prefilled(self) -> tuple[Cache, Tensor]:
         """The cache of one prefill, and the token it produced for each sequence."""
@@ -90,23 +111,30 @@ class Cell:
             token = out.logits[:, -1:].argmax(-1)
 
     @torch.inference_mode()
-    def repeat_step(self, times: int, step: Callable[[], object]) -> Interval:
+    def repeat_step(
+        self, times: int, step: Callable[[], object], least_seconds: float = 0.0
+    ) -> Interval:
         """Repeat anything on the model's device."""
-        return self._timed(times, step)
+        return self._timed(times, least_seconds, step)
 
-    def _timed(self, times: int, step: Callable[[], object]) -> Interval:
+    def _timed(self, times: int, least_seconds: float, step: Callable[[], object]) -> Interval:
         synchronize(self.ids.device)
         marks = _events(self.ids.device)
         start = time.monotonic()
         if marks:
             marks[0].record()
-        for _ in range(times):
+        # A GPU's clock would have to be waited for; its times are steady enough to plan by.
+        until = start + (0.0 if marks else least_seconds)
+        repeats = 0
+        while repeats < times or time.monotonic() < until:
             step()
+            repeats += 1
         if marks:
             marks[1].record()
         synchronize(self.ids.device)
         end = time.monotonic()
-        return start, end, marks[0].elapsed_time(marks[1]) / 1e3 if marks else None
+        device_seconds = marks[0].elapsed_time(marks[1]) / 1e3 if marks else None
+        return Interval(start, end, device_seconds, repeats)
 
 
 def _events(device: torch.device) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:

@@ -178,11 +178,10 @@ def _prepare(
                 if name not in compiled:
                     cell.repeat(1)
                     compiled.add(name)
-                start, end, _ = cell.repeat(1)  # how many fit a window
-                cell.seconds = end - start
+                cell.seconds = cell.repeat(1).seconds_each  # how many fit a window
                 if task.decode_tokens:
-                    start, end, _ = cell.decode(1, task.decode_tokens, lambda: None)
-                    cell.decode_seconds = end - start
+                    decoded = cell.decode(1, task.decode_tokens, lambda: None)
+                    cell.decode_seconds = decoded.seconds_each
             except torch.OutOfMemoryError as error:
                 _skip(channel, task, length, name, error)
                 continue
@@ -269,8 +268,7 @@ def _settle(channel: Channel, arms: dict[str, Cell], limit_seconds: float) -> No
     while time.monotonic() + sum(c.seconds for c in arms.values()) <= deadline:
         took = 0.0
         for cell in arms.values():
-            start, end, _ = cell.repeat(1)
-            cell.seconds = end - start
+            cell.seconds = cell.repeat(1).seconds_each
             took += cell.seconds
         rounds.append((took, channel.ask("temperature")["celsius"]))
         if settled(rounds):
@@ -318,17 +316,17 @@ def _measure(channel: Channel, task: Task, length: int, arms: dict[str, Cell]) -
             case "prefill":
                 repeats = repeats_for(task.window_seconds, cell.seconds)
                 ready()
-                start, end, device_seconds = cell.repeat(repeats)
-                cell.seconds = (end - start) / repeats
+                took = cell.repeat(repeats, task.window_seconds)
+                cell.seconds = took.seconds_each
                 tokens = prompt
             case "decode":
                 repeats = repeats_for(task.window_seconds, cell.decode_seconds)
-                start, end, device_seconds = cell.decode(repeats, task.decode_tokens, ready)
+                took = cell.decode(repeats, task.decode_tokens, ready, task.window_seconds)
                 tokens = generated
             case "request":
                 repeats = repeats_for(task.window_seconds, cell.seconds + cell.decode_seconds)
                 ready()
-                start, end, device_seconds = cell.request(repeats, task.decode_tokens)
+                took = cell.request(repeats, task.decode_tokens, task.window_seconds)
                 tokens = prompt + generated
         channel.ask(
             "window",
@@ -336,11 +334,8 @@ def _measure(channel: Channel, task: Task, length: int, arms: dict[str, Cell]) -
             method=name,
             phase=phase,
             order=order,
-            repeats=repeats,
-            tokens=repeats * batch * tokens,
-            start=start,
-            end=end,
-            device_seconds=device_seconds,
+            tokens=took.repeats * batch * tokens,
+            **took._asdict(),
             peak_memory_bytes=peak_memory_bytes(cell.ids.device),
         )
 

@@ -68,7 +68,7 @@ def test_windows_last_as_asked_and_count_their_tokens(
     _, run = finished
     for window in run.windows:
         assert window.tokens == 300 * window.repeats
-        assert window.seconds > 0.1
+        assert window.seconds >= 0.2
         assert window.joules is not None
         assert window.joules > 0
 
@@ -369,4 +369,4 @@ def test_the_simulated_meter_is_named_wherever_its_joules_are(
     assert "simulated" in done.stdout
     for window in load(only_run(tmp_path / "out")).windows:
         assert isinstance(window, Window)
-        assert window.joules == pytest.approx(300.0 * window.seconds, rel=0.01)
+        assert window.joules == pytest.approx(300.0 * window.seconds, rel=0.02)
