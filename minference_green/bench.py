@@ -61,7 +61,7 @@ from minference_green.workload import SYNTHETIC, Workload, format_length
 LOG_NAME = "worker.log"
 """What the worker printed, beside the run file."""
 
-IDLE_SECONDS = 2.0
+IDLE_SECONDS = {"gpu": 2.0, "cpu": 0.5}
 """Longest idle interval before and after a block."""
 
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
@@ -344,7 +344,7 @@ class _Experiment:
             "warmup_seconds": plan.warmup_seconds,
             "decode_tokens": plan.decode_tokens,
             "breakdown": request.breakdown and block == 0,
-            "idle_seconds": min(IDLE_SECONDS, plan.window_seconds),
+            "idle_seconds": min(IDLE_SECONDS[kind], plan.window_seconds),
             "backends": {e.context_length: e.chosen for e in events if isinstance(e, Backends)},
             "observed": [
                 (e.context_length, e.method) for e in events if isinstance(e, Observation)

@@ -262,7 +262,12 @@ def _idle(channel: Channel, task: Task, when: str, device: torch.device) -> None
 
 
 def _settle(channel: Channel, arms: dict[str, Cell], limit_seconds: float) -> None:
-    """Run the arms in turn until three rounds agree in time and temperature, or the limit."""
+    """Run the arms in turn until three rounds agree in time and temperature, or the limit.
+
+    Where three rounds cannot fit there is nothing to tell a warm arm by, and none is run.
+    """
+    if 3 * sum(cell.seconds for cell in arms.values()) > limit_seconds:
+        return
     deadline = time.monotonic() + limit_seconds
     rounds: list[tuple[float, float | None]] = []
     while time.monotonic() + sum(c.seconds for c in arms.values()) <= deadline:
