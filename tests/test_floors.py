@@ -18,6 +18,7 @@ FLOORS = {
     "results": 1,
     "grams": 1,
     "channel": 1,
+    "corpus": 1,
     "fingerprint": 1,
     "validity": 2,
     "comparable": 2,

@@ -9,18 +9,23 @@ from types import MappingProxyType
 
 from minference_green.corpus.draws import Draws
 
-ONSETS = tuple("b br c d dr f g gr h k l m n p pl r s st t tr v w z sh th".split())
-VOWELS = tuple("a a e e i i o o u ai ea io".split())
+ONSETS = (
+    "b", "br", "c", "d", "dr", "f", "g", "gr", "h", "k", "l", "m", "n", "p", "pl", "r", "s", "st",
+    "t", "tr", "v", "w", "z", "sh", "th",
+)  # fmt: skip
+VOWELS = ("a", "a", "e", "e", "i", "i", "o", "o", "u", "ai", "ea", "io")
 CODAS = ("", "", "", "", "l", "n", "r", "s", "m", "nd", "rk")
 _VERBS = ("get", "set", "load", "parse", "read", "send", "find", "make", "drop", "sort")
 _STATES = (
-    "valid sealed paid open signed listed secured ready active approved tested loaded stable "
-    "public cleared mapped locked shared indexed granted archived visible pending closed"
-).split()
+    "valid", "sealed", "paid", "open", "signed", "listed", "secured", "ready", "active",
+    "approved", "tested", "loaded", "stable", "public", "cleared", "mapped", "locked", "shared",
+    "indexed", "granted", "archived", "visible", "pending", "closed",
+)  # fmt: skip
 _UNITS = ("km", "kg", "cm", "mm", "litres", "hours", "volts", "tonnes", "pages", "knots")
 _MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
+    "January", "February", "March", "April", "May", "June", "July", "August", "September",
+    "October", "November", "December",
+)  # fmt: skip
 _PLACES = ("Port {}", "Mount {}", "{} Bay", "{} Hill", "Lake {}", "{} Bridge", "Fort {}", "{}")
 _SCRIPTS: tuple[tuple[int, int], ...] = (
     (0x03B1, 0x03C1),  # Greek
