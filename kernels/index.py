@@ -46,12 +46,19 @@ class BandIndex:
         Raises ``ValueError`` if ``n_k`` is not the length the index was built for.
         """
         _check_lengths(n_q, n_k, self.n_k)
+        return self.visible(torch.arange(n_k - n_q, n_k), 0, n_k, n_q)
+
+    def visible(self, rows: Tensor, begin: int, end: int, n_q: int) -> Tensor:
+        """The part of :meth:`mask` of some rows and the keys ``begin`` to ``end``.
+
+        Shapes: ``rows [R]`` absolute positions, any order; returns bool ``[B, H, R, end - begin]``.
+        """
         device = self.tile_starts.device
         banded = self.banded()
-        is_column = _membership(self.columns, n_k)
-        i = torch.arange(n_k - n_q, n_k, device=device)
-        j = torch.arange(n_k, device=device)
-        r0 = _first_rows(n_q, n_k, device)[(i - (n_k - n_q)) // TILE]
+        is_column = _membership(self.columns, self.n_k)[:, :, begin:end]
+        i = rows.to(device)
+        j = torch.arange(begin, end, device=device)
+        r0 = i - (i - (self.n_k - n_q)) % TILE
         e = r0[:, None] - 1 - j[None, :]
         in_band = banded[:, :, e.clamp(min=0)] & (e >= 0)
         visible = (e < 0) | in_band | is_column[:, :, None, :]
@@ -59,12 +66,23 @@ class BandIndex:
 
     def visible_pairs(self, n_q: int) -> Tensor:
         """Number of visible pairs, int64 ``[B, H]``, without building the mask."""
+        rows = (self.n_k - self._first_rows(n_q)).clamp(max=TILE)
+        return (rows * self._visible_left(n_q) + rows * (rows + 1) // 2).sum(-1)
+
+    def whole_rows(self, n_q: int) -> Tensor:
+        """Leading rows that see every key up to themselves, in whole query tiles: ``[B, H]``."""
+        whole = self._visible_left(n_q) == self._first_rows(n_q)
+        return _leading_rows(whole, n_q)
+
+    def _first_rows(self, n_q: int) -> Tensor:
+        return _first_rows(n_q, self.n_k, self.tile_starts.device)
+
+    def _visible_left(self, n_q: int) -> Tensor:
+        """Number of keys visible left of each query tile, int64 ``[B, H, M]``."""
         _check_lengths(n_q, self.n_k, self.n_k)
-        device = self.tile_starts.device
         banded = self.banded()
         banded_below = torch.nn.functional.pad(banded.long().cumsum(-1), (1, 0))
-        r0 = _first_rows(n_q, self.n_k, device)
-        rows = (self.n_k - r0).clamp(max=TILE)
+        r0 = self._first_rows(n_q)
         left = banded_below[:, :, r0]
         batch, n_heads, n_columns = self.columns.shape
         # Columns not under a band, a bounded slab of query tiles at a time.
@@ -75,7 +93,7 @@ class BandIndex:
             e = r0[begin : begin + slab, None] - 1 - column
             covered = flat.expand(-1, -1, e.shape[2], -1).gather(3, e.clamp(0, self.n_k - 1))
             left[:, :, begin : begin + slab] += ((e >= 0) & ~covered).sum(-1)
-        return (rows * left + rows * (rows + 1) // 2).sum(-1)
+        return left
 
     def density(self, n_q: int) -> Tensor:
         """Visible over causal pairs, float64 ``[B, H]``, at most 1."""
@@ -112,19 +130,31 @@ class BlockIndex:
         Raises ``ValueError`` if the lengths are not those the index was built for.
         """
         _check_lengths(n_q, n_k, self.n_k)
-        listed = self._listed()
-        if n_q != self.n_q:
-            raise ValueError(f"index was built for n_q = {self.n_q}, got {n_q}")
+        return self.visible(torch.arange(n_k - n_q, n_k), 0, n_k, n_q)
+
+    def visible(self, rows: Tensor, begin: int, end: int, n_q: int) -> Tensor:
+        """The part of :meth:`mask` of some rows and the keys ``begin`` to ``end``.
+
+        Shapes: ``rows [R]`` absolute positions, any order; returns bool ``[B, H, R, end - begin]``.
+        """
+        self._check_queries(n_q)
         device = self.blocks.device
-        i = torch.arange(n_k - n_q, n_k, device=device)
-        j = torch.arange(n_k, device=device)
-        visible = listed[:, :, (i - (n_k - n_q)) // TILE][:, :, :, j // TILE]
-        return visible & (j[None, :] <= i[:, None])
+        i = rows.to(device)
+        j = torch.arange(begin, end, device=device)
+        # (query tile, key tile) as one number: ascending along the entries, so it can be searched.
+        n_blocks, tile = -(-self.n_k // TILE), self._tile_of_entry()
+        unused = tile == self.starts.shape[-1] - 1
+        cells = (tile * n_blocks + self.blocks.long()).masked_fill(unused, NONE * n_blocks)
+        key_tiles = torch.arange(begin // TILE, -(-end // TILE), device=device)
+        asked = (i - (self.n_k - n_q))[:, None] // TILE * n_blocks + key_tiles
+        asked = asked.expand(*cells.shape[:2], -1, -1).flatten(2).contiguous()
+        at = torch.searchsorted(cells, asked).clamp(max=cells.shape[2] - 1)
+        listed = (cells.gather(2, at) == asked).unflatten(2, (len(i), len(key_tiles)))
+        return listed[..., j // TILE - begin // TILE] & (j[None, :] <= i[:, None])
 
     def visible_pairs(self, n_q: int) -> Tensor:
         """Number of visible pairs, int64 ``[B, H]``, without building the mask."""
-        if n_q != self.n_q:
-            raise ValueError(f"index was built for n_q = {self.n_q}, got {n_q}")
+        self._check_queries(n_q)
         tile = self._tile_of_entry()
         valid = tile < self.starts.shape[-1] - 1
         r0 = self.n_k - self.n_q + tile.clamp(max=self.starts.shape[-1] - 2) * TILE
@@ -150,17 +180,21 @@ class BlockIndex:
         entry = entry.expand(self.blocks.shape).contiguous()
         return torch.searchsorted(self.starts[..., 1:].long().contiguous(), entry, right=True)
 
-    def _listed(self) -> Tensor:
-        """Whether a key tile is listed for a query tile: bool ``[B, H, M, key tiles]``."""
-        n_tiles = self.starts.shape[-1] - 1
-        n_blocks = -(-self.n_k // TILE)
+    def whole_rows(self, n_q: int) -> Tensor:
+        """Leading rows that see every key up to themselves, in whole query tiles: ``[B, H]``."""
+        self._check_queries(n_q)
+        r0 = _first_rows(n_q, self.n_k, self.blocks.device)
+        reach = ((r0 + TILE).clamp(max=self.n_k) - 1) // TILE
         tile = self._tile_of_entry()
-        cell = torch.where(tile < n_tiles, tile * n_blocks + self.blocks.long(), n_tiles * n_blocks)
-        listed = torch.zeros(
-            *self.blocks.shape[:2], n_tiles * n_blocks + 1, dtype=torch.bool, device=cell.device
-        )
-        listed.scatter_(2, cell, True)
-        return listed[..., :-1].view(*self.blocks.shape[:2], n_tiles, n_blocks)
+        at = tile.clamp(max=len(r0) - 1)
+        counts = (tile < len(r0)) & (self.blocks <= reach[at])
+        listed = torch.zeros(*tile.shape[:2], len(r0), dtype=torch.int64, device=tile.device)
+        listed.scatter_add_(2, at, counts.long())
+        return _leading_rows(listed == reach + 1, n_q)
+
+    def _check_queries(self, n_q: int) -> None:
+        if n_q != self.n_q:
+            raise ValueError(f"index was built for n_q = {self.n_q}, got {n_q}")
 
 
 def causal_pairs(n_q: int, n_k: int) -> int:
@@ -178,6 +212,11 @@ def _check_lengths(n_q: int, n_k: int, built_for: int) -> None:
 def _first_rows(n_q: int, n_k: int, device: torch.device) -> Tensor:
     """First absolute row of each query tile."""
     return torch.arange(n_k - n_q, n_k, TILE, device=device)
+
+
+def _leading_rows(whole: Tensor, n_q: int) -> Tensor:
+    """Rows of the query tiles ``[B, H, M]`` that are whole without a gap, int64 ``[B, H]``."""
+    return (whole.long().cumprod(-1).sum(-1) * TILE).clamp(max=n_q)
 
 
 def _membership(positions: Tensor, n: int) -> Tensor:

@@ -95,6 +95,32 @@ def test_visible_pairs_count_the_mask(n_q: int, n_k: int) -> None:
 
 
 @pytest.mark.parametrize(("n_q", "n_k"), LENGTHS)
+def test_some_rows_and_keys_of_a_mask_are_that_part_of_it(n_q: int, n_k: int) -> None:
+    some = torch.arange(n_k - n_q, n_k, 5).flip(0)  # any order
+    for index in (random_band(n_k, seed=n_k), random_block(n_q, n_k, seed=n_k)):
+        mask = index.mask(n_q, n_k)
+        for begin, end in ((0, n_k), (n_k // 3, n_k // 2 + 1), (n_k - 1, n_k)):
+            part = index.visible(some, begin, end, n_q)
+            assert torch.equal(part, mask[:, :, some - (n_k - n_q), begin:end])
+
+
+@pytest.mark.parametrize(("n_q", "n_k"), LENGTHS)
+def test_whole_rows_see_all_their_keys_and_the_tile_after_them_does_not(n_q: int, n_k: int) -> None:
+    near = torch.arange(0, n_k, TILE, dtype=torch.int32)[None, None, :2]
+    first = torch.zeros(1, 1, 1, dtype=torch.int32)
+    band = BandIndex(torch.zeros(1, dtype=torch.int32), near, first, n_k)
+    found = set[int]()
+    for index in (band, random_band(n_k, seed=n_k), random_block(n_q, n_k, seed=n_k)):
+        sees_all = index.mask(n_q, n_k).sum(-1) == torch.arange(n_k - n_q, n_k) + 1
+        for head, rows_told in enumerate(index.whole_rows(n_q)[0].tolist()):
+            found.add(rows_told)
+            assert sees_all[0, head, :rows_told].all()
+            assert rows_told == n_q or not sees_all[0, head, rows_told : rows_told + TILE].all()
+    if n_q == n_k > 3 * TILE:
+        assert found & set(range(1, n_q))
+
+
+@pytest.mark.parametrize(("n_q", "n_k"), LENGTHS)
 def test_causal_pairs_count_the_lower_triangle(n_q: int, n_k: int) -> None:
     assert causal_pairs(n_q, n_k) == torch.ones(n_q, n_k).tril(n_k - n_q).sum()
 
@@ -167,5 +193,8 @@ def test_an_index_refuses_lengths_it_was_not_built_for() -> None:
         band.visible_pairs(301)
     with pytest.raises(ValueError, match="built for n_q = 111, got 112"):
         block.mask(112, 300)
+    for refused in (block.visible_pairs, block.whole_rows):
+        with pytest.raises(ValueError, match="built for n_q = 111, got 112"):
+            refused(112)
     with pytest.raises(ValueError, match="built for n_q = 111, got 112"):
-        block.visible_pairs(112)
+        block.visible(torch.arange(3), 0, 300, 112)
