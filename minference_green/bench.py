@@ -6,8 +6,7 @@ holds the model; the meters, the run file and Ctrl-C belong to the parent.
 
 import secrets
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Protocol
 from pydantic import Field, TypeAdapter
 
 import minference_green
-from minference_green import fingerprint
 from minference_green.carbon import terms
 from minference_green.channel import Message, WorkerProcess
-from minference_green.diagnosis import Diagnosis, cache_directory, stored
+from minference_green.diagnosis import Diagnosis
 from minference_green.errors import (
     ExitCode,
     GreenBenchError,
@@ -29,16 +27,22 @@ from minference_green.errors import (
 )
 from minference_green.meters.choose import open_meters
 from minference_green.meters.meter import Meter
+from minference_green.parent import (
+    WorkerError,
+    changes,
+    diagnoses_of,
+    fingerprint_of,
+    gpus_of,
+    terminate_as_interrupt,
+    timestamp,
+)
 from minference_green.results import (
     FILE_NAME,
     Backends,
     BlockDone,
-    Device,
     DeviceState,
-    DoctorMark,
     Event,
     Extension,
-    Fingerprint,
     Header,
     Idle,
     Journal,
@@ -256,7 +260,7 @@ class _Experiment:
     def run(self) -> None:
         """Every block still missing, each in a worker of its own."""
         try:
-            with _terminate_as_interrupt():
+            with terminate_as_interrupt():
                 while self.blocks_missing != 0:
                     self._run_block()
             if not (self.events and isinstance(self.events[-1], Seal)):
@@ -276,7 +280,7 @@ class _Experiment:
                 f"it cannot be extended to {blocks}"
             )
         if blocks > self.blocks_planned:
-            self.record(Extension(blocks=blocks, created_at=_now(), reason=reason))
+            self.record(Extension(blocks=blocks, created_at=timestamp(), reason=reason))
             self.blocks_planned = blocks
 
     @property
@@ -357,10 +361,10 @@ class _Experiment:
         if not self.meters:
             self.meters = open_meters(
                 self.request.meter,
-                gpu_uuids=_gpus(device),
+                gpu_uuids=gpus_of(device),
                 allow_shared=self.request.allow_shared,
             )
-            self.diagnoses = _diagnoses(self.meters)
+            self.diagnoses = diagnoses_of(self.meters)
 
     @property
     def distrusted(self) -> dict[str, str]:
@@ -370,56 +374,28 @@ class _Experiment:
     def identify(self, device: Message, loaded: Message) -> None:
         """Write the header, or refuse to go on with a run whose ground has changed."""
         workload, plan = resolve(self.request, device["kind"])
-        found = self._fingerprint(device, loaded, workload)
+        found = fingerprint_of(device, loaded, workload, self.meters, self.diagnoses)
         if self.header is None:
             self.header = Header(
                 run_id=self.directory.name,
-                created_at=_now(),
+                created_at=timestamp(),
                 version=minference_green.__version__,
                 command=self.request.command,
                 fingerprint=found,
                 workload=workload,
                 methods=tuple(MethodSpec(**m) for m in loaded["methods"]),
                 plan=plan,
-                carbon=terms(**self.request.grid.model_dump(), gpus=len(_gpus(device))),
+                carbon=terms(**self.request.grid.model_dump(), gpus=len(gpus_of(device))),
                 energy="; ".join(m.description for m in self.meters) or "not measured",
                 request=self.request.model_dump(mode="json"),
             )
             self.journal.append(self.header)
             self.blocks_planned = plan.blocks
-        elif changed := _changes(self.header.fingerprint, found):
+        elif changed := changes(self.header.fingerprint, found):
             raise NotComparableError(
                 f"run {self.header.run_id} cannot go on here: {'; '.join(changed)}. "
                 "Start a new run, or return to what was."
             )
-
-    def _fingerprint(self, device: Message, loaded: Message, workload: Workload) -> Fingerprint:
-        commit, dirty = fingerprint.code_version()
-        metered = [d for m in self.meters for d in m.devices]
-        return Fingerprint(
-            devices=_merge_devices(device, metered),
-            model=loaded["model"],
-            model_revision=loaded["revision"],
-            weights=loaded["weights"],
-            parameters=loaded["parameters"],
-            dtype=workload.dtype,
-            workload_hash=workload.hash,
-            software=fingerprint.software(device.get("cuda")),
-            kernel_hash=fingerprint.kernel_hash(),
-            code_commit=commit,
-            code_dirty=dirty,
-            cpu=fingerprint.cpu_name(),
-            hostname_hash=fingerprint.hostname_hash(),
-            doctor=tuple(
-                DoctorMark(
-                    device=d.device,
-                    created_at=d.created_at,
-                    outcome=d.outcome,
-                    failing=d.failing,
-                )
-                for d in self.diagnoses
-            ),
-        )
 
 
 class _Conversation:
@@ -591,61 +567,3 @@ class _Conversation:
             valid=valid and unread is None,
             reasons=(unread, *reasons) if unread else reasons,
         )
-
-
-class WorkerError(GreenBenchError):
-    """An error the worker met, with its own exit code."""
-
-    def __init__(self, message: str, exit_code: ExitCode) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-def _diagnoses(meters: Sequence[Meter]) -> list[Diagnosis]:
-    """What the doctor last found of the GPUs read, under the driver they have now."""
-    gpus = [d for m in meters for d in m.devices if d.uuid]
-    found = [(gpu, stored(str(gpu.uuid), cache_directory())) for gpu in gpus]
-    return [d for gpu, d in found if d and d.driver == gpu.driver]
-
-
-def _gpus(device: Message) -> list[str]:
-    """UUIDs of the GPUs a worker uses."""
-    return [device["uuid"]] if device["kind"] == "gpu" else []
-
-
-def _merge_devices(device: Message, metered: list[Device]) -> tuple[Device, ...]:
-    """The metered devices, with what only torch knows of the one the model runs on."""
-    if device["kind"] == "cpu":
-        return tuple(metered) or (Device(kind="cpu", name=fingerprint.cpu_name()),)
-    known = {d.uuid: d for d in metered}
-    ours = known.pop(device["uuid"], Device(kind="gpu", name=device["name"], uuid=device["uuid"]))
-    from_torch = {"memory_bytes": device["memory_bytes"], "capability": device["capability"]}
-    return (ours.model_copy(update=from_torch), *known.values())
-
-
-def _changes(before: Fingerprint, now: Fingerprint) -> list[str]:
-    """What makes windows taken now a different experiment from those on file."""
-    keys = ("devices", "model_revision", "dtype", "workload_hash", "kernel_hash", "software")
-    return [
-        f"{key} changed from {getattr(before, key)} to {getattr(now, key)}"
-        for key in keys
-        if getattr(before, key) != getattr(now, key)
-    ]
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM, as a CI system sends it, like Ctrl-C."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minference_green.breakdown import break_down
 from minference_green.cell import Cell, repeats_for
-from minference_green.channel import Channel, die_with_parent
+from minference_green.channel import Channel, Message, die_with_parent
 from minference_green.errors import GreenBenchError, UsageError
 from minference_green.methods.backend import synchronize
 from minference_green.methods.choose import method_from_name
@@ -44,6 +44,18 @@ from minference_green.workload import format_length
 
 def main(read_fd: int, write_fd: int) -> int:
     """Serve one block over the channel; the exit code is 0 unless the parent went away."""
+
+    def block(channel: Channel, task: Message, device: torch.device) -> None:
+        serve(channel, Task.from_message(task), device)
+
+    return work(read_fd, write_fd, block)
+
+
+def work(read_fd: int, write_fd: int, job: Callable[[Channel, Message, torch.device], None]) -> int:
+    """Do the parent's ``job`` on the device it names, and tell it of any error.
+
+    The exit code is 0 unless the parent went away.
+    """
     die_with_parent()
     with Channel(read_fd, write_fd) as channel:
         first = channel.receive()
@@ -52,7 +64,7 @@ def main(read_fd: int, write_fd: int) -> int:
         try:
             device = resolve_device(first["name"])
             answer = channel.ask("hello", device=describe_device(device))
-            serve(channel, Task.from_message(answer["task"]), device)
+            job(channel, answer["task"], device)
             channel.send("done")
         except GreenBenchError as error:
             channel.send("error", message=str(error), exit_code=int(error.exit_code))

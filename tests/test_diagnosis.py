@@ -2,7 +2,7 @@
 
 import pytest
 
-from minference_green import bench
+from minference_green import parent
 from minference_green.diagnosis import Check, Diagnosis, cache_directory, store, stored
 from minference_green.errors import UsageError
 from minference_green.results import Device
@@ -60,11 +60,11 @@ class Meter:
 
 def test_findings_hold_for_the_driver_they_were_made_under(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert bench._diagnoses([Meter()]) == []
+    assert parent.diagnoses_of([Meter()]) == []
     store(diagnosis(), cache_directory())
-    assert bench._diagnoses([Meter()]) == [diagnosis()]
+    assert parent.diagnoses_of([Meter()]) == [diagnosis()]
     store(diagnosis(driver="570.0"), cache_directory())
-    assert bench._diagnoses([Meter()]) == []
+    assert parent.diagnoses_of([Meter()]) == []
 
 
 def test_a_reading_of_a_distrusted_device_is_marked_with_the_reason(window) -> None:
