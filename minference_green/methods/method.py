@@ -6,6 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from minference_green.kernels.index import BandIndex, BlockIndex
+
 
 @runtime_checkable
 class PrefillMethod(Protocol):
@@ -40,6 +42,11 @@ class LayerProfile:
     estimate_seconds: float
     index_seconds: float
     attend_seconds: float
+    lse: Tensor | None = None
+    """Log-sum-exp of each row's scores over the pairs attended to, ``[B, Hq, N]``; what a row
+    kept of its attention follows from it. ``None`` if the method does not tell."""
+    indices: tuple[BandIndex | BlockIndex, ...] = ()
+    """The pairs, every query head in one index; empty if the method has none to show."""
 
 
 @runtime_checkable

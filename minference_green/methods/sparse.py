@@ -58,16 +58,18 @@ class SparsePrefill:
             return work.attend(work.index(work.estimate()))
 
     def profile(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> LayerProfile:
-        """As :meth:`attend`, each step timed between synchronisations, with the density."""
+        """As :meth:`attend`, each step timed between synchronisations, with its account."""
         with self._as_usage_error():
             work = self._layer(q, k, v, scale, layer)
             scores, estimate_seconds = _timed(q.device, work.estimate)
             indices, index_seconds = _timed(q.device, lambda: work.index(scores))
             out, attend_seconds = _timed(q.device, lambda: work.attend(indices))
+            lse = work.log_sum_exp(indices)
         density = torch.zeros(q.shape[1], dtype=torch.float64)
         for index in indices:
             density[index.heads.cpu().long()] = index.density(q.shape[2]).mean(0).cpu()
-        return LayerProfile(out, density, estimate_seconds, index_seconds, attend_seconds)
+        seconds = (estimate_seconds, index_seconds, attend_seconds)
+        return LayerProfile(out, density, *seconds, lse, tuple(indices))
 
     def parts(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> Parts:
         """See :class:`methods.method.PartedMethod`."""
@@ -165,10 +167,23 @@ class _Layer:
     def attend(self, indices: list[BandIndex | BlockIndex]) -> Tensor:
         out = torch.empty_like(self.q)
         for index in indices:
-            banded = isinstance(index, BandIndex)
-            run = self.kernels.band_attention if banded else self.kernels.block_attention
-            run(self.q, self.k, self.v, index, scale=self.scale, out=out)
+            self._kernel(index)(self.q, self.k, self.v, index, scale=self.scale, out=out)
         return out
+
+    def log_sum_exp(self, indices: list[BandIndex | BlockIndex]) -> Tensor:
+        """``[B, Hq, N]``, from a run of its own: the attention that is timed does not write it."""
+        wide = torch.promote_types(self.q.dtype, torch.float32)
+        lse = torch.empty(self.q.shape[:3], dtype=wide, device=self.q.device)
+        unused = torch.empty_like(self.q)
+        for index in indices:
+            _, lse[:, index.heads.long()] = self._kernel(index)(
+                self.q, self.k, self.v, index, scale=self.scale, out=unused, return_lse=True
+            )
+        return lse
+
+    def _kernel(self, index: BandIndex | BlockIndex) -> Callable[..., Any]:
+        banded = isinstance(index, BandIndex)
+        return self.kernels.band_attention if banded else self.kernels.block_attention
 
     def _vertical_slash_index(self, scores: _Scores) -> list[BandIndex]:
         if scores.columns is None or scores.slashes is None:

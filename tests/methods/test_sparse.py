@@ -84,11 +84,14 @@ def test_every_head_computes_its_own_pattern() -> None:
     for head, pattern in enumerate(MIXED):
         mask = visible((q, k, v), head, pattern)
         kv = head // 3
-        want, _ = reference.attention(
+        want, lse = reference.attention(
             q[:, [head]], k[:, [kv]], v[:, [kv]], mask[None, None], scale=SCALE
         )
+        torch.testing.assert_close(profile.lse[:, [head]].double(), lse, rtol=0, atol=1e-5)
         torch.testing.assert_close(out[:, [head]].double(), want, rtol=0, atol=1e-5)
         assert profile.density[head].item() == mask.sum().item() / (500 * 501 / 2)
+        (index,) = (i for i in profile.indices if head in i.heads.tolist())
+        assert torch.equal(index.mask(500, 500)[0, index.heads.tolist().index(head)], mask)
 
 
 @pytest.mark.parametrize("n", [1, 7, 64, 65, 300])
