@@ -1,0 +1,251 @@
+"""Train the embedded model: ``python -m training.embedded --work DIR [--minutes M]``.
+
+Pieces of any length, each continuing where the last one stopped; the same documents in the
+same order whatever the pieces. ``--export`` writes the files that the package ships.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from training.documents import document
+from training.network import Network, Shape, fastest_backend
+from training.positions import jumping_positions
+
+SEED = 1
+STEP_TOKENS = 131_072
+STAGES = ((512, 197e6), (2_048, 131e6), (8_192, 157e6), (32_768, 118e6), (131_072, 33e6))
+"""Row length and tokens of each stage."""
+
+MATRIX_RATE = 0.02
+OTHER_RATE = 3e-3
+WARM_UP_STEPS = 100
+DECAY_SHARE = 0.3
+LAST_RATE = 0.05
+CLIP = 1.0
+FILLER_WEIGHT = 0.1
+"""Weight of a byte that answers nothing; an answer's is 1."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Row length of every step."""
+
+    step_tokens: int
+    lengths: tuple[int, ...]
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return len(self.lengths)
+
+    def rows(self, step: int) -> int:
+        """Rows of a step."""
+        return max(1, self.step_tokens // self.lengths[step])
+
+    def rate(self, step: int) -> float:
+        """Share of the full learning rate: warm-up, level, a straight decline at the end."""
+        decline = min(1.0, (self.steps - step) / (DECAY_SHARE * self.steps))
+        return min((step + 1) / WARM_UP_STEPS, LAST_RATE + (1 - LAST_RATE) * decline)
+
+
+def plan(stages: tuple[tuple[int, float], ...], step_tokens: int) -> Plan:
+    """The steps of stages of (row length, tokens)."""
+    lengths = [
+        length for length, tokens in stages for _ in range(round(tokens / max(step_tokens, length)))
+    ]
+    return Plan(step_tokens, tuple(lengths))
+
+
+class Steps(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Ids, answer marks and positions, ``[rows, length]`` each, of every step from ``first`` on."""
+
+    def __init__(self, whole: Plan, first: int, seed: int) -> None:
+        self.plan, self.first, self.seed = whole, first, seed
+
+    def __len__(self) -> int:
+        return self.plan.steps - self.first
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        step = self.first + i
+        rows, length = self.plan.rows(step), self.plan.lengths[step]
+        made = [document(self.seed, step * self.plan.step_tokens + r, length) for r in range(rows)]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return (
+            torch.from_numpy(np.stack([one.ids for one in made])),
+            torch.from_numpy(np.stack([one.answer for one in made])),
+            jumping_positions(rows, length, generator),
+        )
+
+
+class Trainer:
+    """Network, optimisers and the step reached; saved and loaded as one folder."""
+
+    def __init__(self, whole: Plan, shape: Shape, device: torch.device, seed: int) -> None:
+        self.plan, self.device, self.seed, self.step = whole, device, seed, 0
+        self.network = Network(shape, compiled=device.type == "cuda")
+        self.network.initialise(seed)
+        self.network.to(device)
+        matrices = [
+            p for n, p in self.network.named_parameters() if p.dim() == 2 and "emb" not in n
+        ]
+        others = [p for n, p in self.network.named_parameters() if p.dim() == 1 or "emb" in n]
+        self.muon = torch.optim.Muon(matrices, lr=MATRIX_RATE, momentum=0.95, weight_decay=0.0)
+        self.adam = torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.0)
+
+    def train(self, ids: Tensor, marks: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """One step; the loss, and the share of answer bytes that came out right."""
+        rate = self.plan.rate(self.step)
+        for optimiser, full in ((self.muon, MATRIX_RATE), (self.adam, OTHER_RATE)):
+            for group in optimiser.param_groups:
+                group["lr"] = full * rate
+        ids, marks, positions = (
+            t.to(self.device, non_blocking=True) for t in (ids.long(), marks, positions)
+        )
+        hidden = self.network.hidden(ids, positions)
+        targets = ids.roll(-1, 1)
+        answers = marks.roll(-1, 1)
+        weight = torch.where(answers, 1.0, FILLER_WEIGHT)
+        weight[:, -1] = 0.0
+        losses, right = self.network.losses(hidden, targets.reshape(-1))
+        loss = (losses * weight.view(-1)).sum() / weight.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), CLIP)
+        for optimiser in (self.muon, self.adam):
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        counted = (answers & (weight > 0)).view(-1)
+        return loss.detach(), (right & counted).sum() / counted.sum().clamp(min=1)
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimiser states and the step; a cut leaves the last whole save."""
+        fresh = folder.with_name(folder.name + ".new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        save_file(_cpu(self.network.state_dict()), fresh / "weights.safetensors")
+        for name, optimiser in (("muon", self.muon), ("adam", self.adam)):
+            states = optimiser.state_dict()["state"]
+            flat = {f"{i}.{k}": v for i, s in states.items() for k, v in s.items()}
+            save_file(
+                _cpu({k: torch.as_tensor(v) for k, v in flat.items()}),
+                fresh / f"{name}.safetensors",
+            )
+        (fresh / "step.json").write_text(json.dumps({"step": self.step, "seed": self.seed}))
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.rename(folder)
+
+    def load(self, folder: Path) -> None:
+        """Continue from what ``save`` wrote."""
+        self.network.load_state_dict(load_file(folder / "weights.safetensors"))
+        for name, optimiser in (("muon", self.muon), ("adam", self.adam)):
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, tensor in load_file(folder / f"{name}.safetensors").items():
+                number, _, field = key.partition(".")
+                state.setdefault(int(number), {})[field] = tensor
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+        self.step = json.loads((folder / "step.json").read_text())["step"]
+
+
+def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def run(trainer: Trainer, work: Path, *, seconds: float, workers: int, every: int = 20) -> None:
+    """Train for about ``seconds`` or to the end, logging to ``log.jsonl``, saving at the end."""
+    start = time.monotonic()
+    recent: list[tuple[Tensor, Tensor]] = []
+    lately = 0
+    batches = DataLoader(
+        Steps(trainer.plan, trainer.step, trainer.seed),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=trainer.device.type == "cuda",
+    )
+    with (work / "log.jsonl").open("a") as log:
+        for batch in batches:
+            rows, length = batch[0].shape
+            if length != lately and trainer.device.type == "cuda":
+                trainer.network.backend = fastest_backend(trainer.network.shape, rows, length)
+                print(f"{length} tokens a row: {trainer.network.backend}", flush=True)
+            lately = length
+            recent.append(trainer.train(*batch))
+            elapsed = time.monotonic() - start
+            if trainer.step % every == 0 or elapsed > seconds:
+                loss, right = (float(torch.stack(x).mean()) for x in zip(*recent, strict=True))
+                record = {
+                    "step": trainer.step,
+                    "length": length,
+                    "loss": round(loss, 4),
+                    "answer_bytes_right": round(right, 4),
+                    "seconds": round(elapsed, 2),
+                }
+                print(json.dumps(record), flush=True)
+                log.write(json.dumps(record) + "\n")
+                recent.clear()
+            if elapsed > seconds:
+                break
+    trainer.save(work / "checkpoint")
+
+
+def export(network: Network, folder: Path) -> None:
+    """Write the model as transformers loads it: ``config.json`` and bfloat16 weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = asdict(network.shape)
+    theta = shape.pop("rope_theta")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "tie_word_embeddings": True,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": 258,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "hidden_act": "silu",
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "minference_green_bytes": True,
+        **shape,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    weights = {name: t.to(torch.bfloat16) for name, t in _cpu(network.state_dict()).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def main() -> None:
+    """Parse the command line and train or export."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder of checkpoint and log")
+    parser.add_argument("--minutes", type=float, default=600.0, help="stop this piece after")
+    parser.add_argument("--workers", type=int, default=12, help="processes that write documents")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of every stage's tokens")
+    parser.add_argument("--export", type=Path, help="write the trained model here and stop")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")
+    stages = tuple((length, tokens * options.scale) for length, tokens in STAGES)
+    trainer = Trainer(plan(stages, STEP_TOKENS), Shape(), device, SEED)
+    checkpoint = options.work / "checkpoint"
+    if checkpoint.exists():
+        trainer.load(checkpoint)
+    if options.export:
+        export(trainer.network, options.export)
+        return
+    options.work.mkdir(parents=True, exist_ok=True)
+    run(trainer, options.work, seconds=60 * options.minutes, workers=options.workers)
+
+
+if __name__ == "__main__":
+    main()
