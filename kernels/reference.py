@@ -124,3 +124,21 @@ def block_lists(q: Tensor, k: Tensor, *, scale: float, top_k: int) -> list[list[
                 rows.append(sorted({0, *best, *diagonal}))
             lists[-1].append(rows)
     return lists
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension."""
+    x = x.double()
+    return weight.double() * x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    """``gate * sigmoid(gate) * up``."""
+    return gate.double() * torch.sigmoid(gate.double()) * up.double()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair of one dimension of either half, turned by its angle; ``cos, sin [B, N, D]``."""
+    first, second = x.double().chunk(2, -1)
+    turned = torch.cat([-second, first], -1)
+    return x.double() * cos.double()[:, None] + turned * sin.double()[:, None]

@@ -63,11 +63,11 @@ def signature(kernel: Any, constants: dict[str, Any], descriptor: str) -> dict[s
             types[name] = parameter.annotation_type
         elif name.endswith("_ptr"):
             scores = base == "columns" and "slashes_ptr" in kernel.arg_names
-            types[name] = (
-                "*fp32" if scores or base in float32 else "*i32" if base in int32 else "*bf16"
-            )
+            units = base == "slashes" and not constants.get("LAST", True)
+            floats = (scores or base in float32) and not units
+            types[name] = "*fp32" if floats else "*i32" if units or base in int32 else "*bf16"
         else:
-            types[name] = "fp32" if name in ("qk_scale", "log2_e") else "i32"
+            types[name] = "fp32" if name in ("qk_scale", "log2_e", "eps") else "i32"
     return types
 
 
@@ -170,9 +170,14 @@ def test_estimators_do_not_spill(name, capability, tmp_path):
 
 
 def test_small_kernels_do_not_spill(tmp_path):
-    from minference_green.kernels import band_pair, cut, estimate, tile, vertical_slash
+    from minference_green.kernels import band_pair, cut, estimate, rest, tile, vertical_slash
 
+    half = {"HALF": 64, "PADDED": 64, "ROWS": rest.ROTATED_ROWS}
     cases = [
+        (rest._norm_kernel, {"WIDTH": 4096, "PADDED": 4096, "ROWS": 1}, 8),
+        (rest._norm_kernel, {"WIDTH": 16384, "PADDED": 16384, "ROWS": 1}, 16),
+        (rest._gate_kernel, {"BLOCK": rest.GATE_ELEMENTS}, 8),
+        (rest._rotate_kernel, half, 4),
         (estimate._block_mean_kernel, sizes(128), 4),
         (vertical_slash._gather_kernel, sizes(128), 4),
         (vertical_slash._mark_kernel, {"TILE": TILE, "BLOCK": 128}, 4),
