@@ -86,11 +86,11 @@ def serve(channel: Channel, task: Task, device: torch.device) -> None:
         seed=task.workload.seed,
         allow_longer=task.allow_longer,
     )
-    methods = _methods(task, model)
+    methods = methods_by_name(task.methods, task.options, model)
     # Lengths the model refuses end the run before it has a file.
     prompts = {n: model.prompt(task.workload, n) for n in task.workload.context_lengths}
     loaded = time.monotonic()
-    channel.ask("loaded", **_identity(model, methods), seconds=loaded - began)
+    channel.ask("loaded", **identity(model, methods), seconds=loaded - began)
     _note_dense_layers(channel, task, model)
     cells = _prepare(channel, task, model, methods, prompts)
     synchronize(device)
@@ -98,7 +98,7 @@ def serve(channel: Channel, task: Task, device: torch.device) -> None:
         "prepared", start=began, end=time.monotonic(), warmup_seconds=time.monotonic() - loaded
     )
     for length in task.workload.context_lengths:
-        observe(channel, task, length, _arms(cells, length, methods))
+        observe(channel, task, length, _arms(cells, length, methods), next(iter(methods)))
     _idle(channel, task, "before", device)
     for length in task.workload.context_lengths:
         arms = _arms(cells, length, methods)
@@ -114,24 +114,29 @@ def serve(channel: Channel, task: Task, device: torch.device) -> None:
     _idle(channel, task, "after", device)
 
 
-def _methods(task: Task, model: LoadedModel) -> dict[str, PrefillMethod]:
-    """The arms by the name each gives itself, in the order asked for."""
-    strangers = task.options.keys() - set(task.methods)
+def methods_by_name(
+    asked: Sequence[str], options: Mapping[str, Mapping[str, str]], model: LoadedModel
+) -> dict[str, PrefillMethod]:
+    """The arms by the name each gives itself, in the order asked for.
+
+    Raises ``UsageError`` for a method or option that does not exist or does not fit the model.
+    """
+    strangers = options.keys() - set(asked)
     if strangers:
         raise UsageError(
             f"--method-option is given for {', '.join(sorted(strangers))}, "
-            f"but the methods are {', '.join(task.methods)}"
+            f"but the methods are {', '.join(asked)}"
         )
     methods: dict[str, PrefillMethod] = {}
-    for asked in task.methods:
-        method = method_from_name(asked, task.options.get(asked, {}), patterns=model.patterns)
+    for name in asked:
+        method = method_from_name(name, options.get(name, {}), patterns=model.patterns)
         if isinstance(method, SparsePrefill) and isinstance(method.patterns, tuple):
             config = model.model.config.get_text_config()
             check_shape(
                 method.patterns,
                 n_layers=config.num_hidden_layers,
                 n_heads=config.num_attention_heads,
-                source=f"the pattern file of {asked}",
+                source=f"the pattern file of {name}",
             )
         if method.name in methods:
             raise UsageError(
@@ -141,7 +146,8 @@ def _methods(task: Task, model: LoadedModel) -> dict[str, PrefillMethod]:
     return methods
 
 
-def _identity(model: LoadedModel, methods: dict[str, PrefillMethod]) -> dict[str, Any]:
+def identity(model: LoadedModel, methods: Mapping[str, PrefillMethod]) -> dict[str, Any]:
+    """What the parent needs to say what was measured."""
     return {
         "model": model.spec,
         "revision": model.revision,
@@ -203,7 +209,7 @@ def _prepare(
     return cells
 
 
-class _TimesBackends:
+class TimesBackends:
     """Dense attention that times every backend on the first layer's own inputs."""
 
     name = "dense"
@@ -213,6 +219,7 @@ class _TimesBackends:
         self.timings: BackendTimings | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> Tensor:
+        """See :class:`methods.method.PrefillMethod`; ``timings`` are set after the first call."""
         if self.timings is None:
             self.timings = time_backends(q, k, v, scale=scale)
         return Dense(self.timings.fastest).attend(q, k, v, scale=scale, layer=layer)
@@ -232,7 +239,7 @@ def _choose_dense(
             return method
     if length in task.backends:
         return Dense(task.backends[length])
-    probe = _TimesBackends()
+    probe = TimesBackends()
     Cell(model, probe, Dense(), ids).prefill()
     assert probe.timings is not None
     record = Backends(
