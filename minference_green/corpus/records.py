@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Place = Literal["inside", "after"]
-"""Where a question stands: inside the prefilled prompt, or behind it, asked over its cache."""
+Place = Literal["inside", "after", "end"]
+"""Where a question stands: inside the prefilled prompt, behind it and asked over its cache, or
+as the last bytes of a prompt that is prefilled with it (text, then question)."""
 
-Mentions = Literal["single", "repeated", "updated", "conflicting"]
+Mentions = Literal["single", "repeated", "updated", "conflicting", "legend"]
+"""``legend``: stated once near the beginning under a short code that later sentences refer to."""
+
 Neighbour = Literal["none", "same entity", "near key", "same value"]
 
 
@@ -24,9 +27,10 @@ class Fact:
     """A value under a key, and every place of the text that states it.
 
     ``value`` is the right answer (of an updated fact the last). ``depth`` is where its mention
-    begins, as a share of the text. ``hops`` is 1 for a fact stated under its own key, 2 or 3
-    where the key is an alias. A fact of ``conflicting`` mentions has no right answer: ``value``
-    is the first stated, and what is measured is which one a model prefers.
+    begins, as a share of the text: its first, of an updated fact the last. ``hops`` is 1 for a
+    fact stated under its own key, 2 or 3 where the key is an alias. A fact of ``conflicting``
+    mentions has no right answer: ``value`` is the first stated, and what is measured is which
+    one a model prefers.
     """
 
     id: int
