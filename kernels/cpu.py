@@ -8,7 +8,7 @@ gradient.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minference_green.kernels.index import NONE, TILE, BandIndex, BlockIndex
+from minference_green.kernels.selection import check_rows
 
 T = TypeVar("T")
 
@@ -119,33 +120,43 @@ def block_attention(
     return _attend(q, k, v, index.heads, tiles, scale, out, return_lse)
 
 
-def last_rows_scores(
-    q: Tensor, k: Tensor, heads: Tensor, *, scale: float, rows: int = 64
+def row_scores(
+    q: Tensor,
+    k: Tensor,
+    heads: Tensor,
+    rows: Sequence[int],
+    *,
+    scale: float,
+    skip_offsets: int = 0,
+    skip_columns: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Column and slash mass of the last rows (MInference, algorithm 2), head by head.
+    """Column and slash mass of some rows' causal softmax (MInference, algorithm 2), head by head.
 
-    Shapes: ``q [B, Hq, n_q, D]``, ``k [B, Hkv, n_k, D]``, ``heads [H]`` query heads; returns
-    fp32 ``columns [B, H, n_k]`` and ``slashes [B, H, n_k]`` as
-    :func:`minference_green.kernels.reference.last_rows_scores`. Raises ``ValueError`` on
-    shapes that do not fit.
+    Shapes: ``q [B, Hq, n_q, D]``, ``k [B, Hkv, n_k, D]``, ``heads [H]`` query heads, ``rows``
+    up to ``TILE`` ascending positions of queries; returns fp32 ``columns [B, H, n_k]`` and
+    ``slashes [B, H, n_k]`` as :func:`minference_green.kernels.reference.row_scores`. Raises
+    ``ValueError`` on shapes or rows that do not fit.
     """
     _check(q, k, k, k.shape[2])
-    batch, n_k, last = q.shape[0], k.shape[2], min(rows, q.shape[2])
+    batch, n_q, n_k = q.shape[0], q.shape[2], k.shape[2]
+    check_rows(rows, n_q, n_k)
     group = q.shape[1] // k.shape[1]
     columns = torch.zeros(batch, len(heads), n_k)
     slashes = torch.zeros(batch, len(heads), n_k)
-    future = torch.ones(last, n_k, dtype=torch.bool).triu(n_k - last + 1)
+    listed = torch.tensor(rows)
+    distance = listed[:, None] - torch.arange(n_k)
 
     def score(job: tuple[int, int, int]) -> None:
         b, n, head = job
-        logits = q[b, head, -last:].float() @ k[b, head // group].float().T * scale
-        mass = torch.softmax(logits.masked_fill_(future, -torch.inf), -1)
-        columns[b, n] = mass.sum(0)
-        # Row r holds slash o at last - 1 - r + o from its right end: a row one shorter lines
-        # them up in columns.
-        mirrored = torch.nn.functional.pad(mass.flip(1), (0, last))
-        stride = (n_k + last - 1, 1)
-        slashes[b, n] = mirrored.as_strided((last, n_k), stride, last - 1).sum(0)
+        queries = q[b, head].index_select(0, listed - (n_k - n_q)).float()
+        logits = queries @ k[b, head // group].float().T * scale
+        mass = torch.softmax(logits.masked_fill_(distance < 0, -torch.inf), -1)
+        mirrored = mass.flip(1)
+        mirrored[:, max(0, n_k - skip_columns) :] = 0
+        # Mirrored, a row's slashes begin with its own key and end with key 0.
+        for i, row in enumerate(rows):
+            slashes[b, n, : row + 1] += mirrored[i, n_k - 1 - row :]
+        columns[b, n] = mass.masked_fill_(distance < skip_offsets, 0).sum(0)
 
     jobs = [(b, n, head) for b in range(batch) for n, head in enumerate(heads.tolist())]
     _on_each_thread(score, jobs)

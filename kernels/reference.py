@@ -4,6 +4,8 @@ Notation as in ``kernels/README.md``: queries are the last ``n_q`` of ``n_k`` po
 row ``i`` and key ``j`` are absolute positions, ``o = i - j`` is a slash.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,33 @@ def last_rows_scores(
         i = n_k - last + r
         slashes[:, :, : i + 1] += a[:, :, r, : i + 1].flip(-1)
     return a.sum(2), slashes
+
+
+def row_scores(
+    q: Tensor,
+    k: Tensor,
+    rows: Sequence[int],
+    *,
+    scale: float,
+    skip_offsets: int = 0,
+    skip_columns: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Column and slash mass of any rows, given as positions; shapes as above.
+
+    ``columns[j]`` counts keys at distances from ``skip_offsets`` on, ``slashes[o]`` keys from
+    ``skip_columns`` on.
+    """
+    n_q, n_k = q.shape[2], k.shape[2]
+    columns = torch.zeros(*q.shape[:2], n_k, dtype=torch.float64)
+    slashes = torch.zeros_like(columns)
+    keys = expand_kv(k, q.shape[1]).double()
+    for i in rows:
+        query = q[:, :, i - (n_k - n_q), None].double()
+        a = torch.softmax(query @ keys[:, :, : i + 1].transpose(-1, -2) * scale, -1)[:, :, 0]
+        for j in range(i + 1):
+            columns[:, :, j] += a[:, :, j] if i - j >= skip_offsets else 0
+            slashes[:, :, i - j] += a[:, :, j] if j >= skip_columns else 0
+    return columns, slashes
 
 
 def top_positions(scores: Tensor, count: int, forced: int) -> list[int]:

@@ -5,6 +5,7 @@ lengths, never from data, so that a CUDA stream runs from estimate to attend wit
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -220,6 +221,19 @@ def to_device(values: Sequence[int], device: torch.device) -> Tensor:
     if device.type == "cuda":
         host = host.pin_memory()
     return host.to(device, non_blocking=True)
+
+
+def check_rows(rows: Sequence[int], n_q: int, n_k: int) -> None:
+    """Refuse rows that are not 1 to ``TILE`` ascending positions among the last ``n_q``."""
+    if not 1 <= len(rows) <= TILE:
+        raise ValueError(f"rows must be 1 to {TILE} positions, got {len(rows)}")
+    if any(a >= b for a, b in pairwise(rows)):
+        raise ValueError(f"rows must ascend, each once, got {list(rows)}")
+    if rows[0] < n_k - n_q or rows[-1] >= n_k:
+        raise ValueError(
+            f"rows must be positions of queries, {n_k - n_q} to {n_k - 1}, "
+            f"got {rows[0]} to {rows[-1]}"
+        )
 
 
 def check_scores(scores: Tensor, counts: Sequence[int]) -> None:

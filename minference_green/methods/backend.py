@@ -16,7 +16,7 @@ from minference_green.kernels import cpu, selection
 class Kernels:
     """The kernels a sparse method is made of; the same signatures on every device."""
 
-    last_rows_scores: Callable[..., tuple[Tensor, Tensor]]
+    row_scores: Callable[..., tuple[Tensor, Tensor]]
     block_means: Callable[[Tensor], Tensor]
     top_positions: Callable[[Tensor, Sequence[int], int], Tensor]
     cut_tiles: Callable[[Tensor], Tensor]
@@ -32,7 +32,7 @@ def kernels_for(device: torch.device) -> Kernels:
     match device.type:
         case "cpu":
             return Kernels(
-                last_rows_scores=cpu.last_rows_scores,
+                row_scores=cpu.row_scores,
                 block_means=cpu.block_means,
                 top_positions=selection.top_positions,
                 cut_tiles=cpu.cut_tiles,
@@ -54,7 +54,7 @@ def _triton_kernels() -> Kernels:
     from minference_green.kernels import block_sparse, cut, estimate, top, vertical_slash
 
     return Kernels(
-        last_rows_scores=estimate.last_rows_scores,
+        row_scores=estimate.row_scores,
         block_means=estimate.block_means,
         top_positions=top.top_positions,
         cut_tiles=cut.cut_tiles,

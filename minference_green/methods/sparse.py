@@ -23,6 +23,7 @@ from minference_green.kernels.selection import (
     to_device,
 )
 from minference_green.methods.backend import Kernels, kernels_for, synchronize
+from minference_green.methods.estimator import LAST_ROWS, Estimator
 from minference_green.methods.method import LayerProfile, Parts
 from minference_green.methods.patterns import (
     AShape,
@@ -39,13 +40,14 @@ T = TypeVar("T")
 class SparsePrefill:
     """A prefill method whose heads follow patterns.
 
-    ``patterns`` is one pattern for all heads, or one per layer and query head. A whole prompt
-    only: as many queries as keys.
+    ``patterns`` is one pattern for all heads, or one per layer and query head; ``estimator``
+    serves the vertical-slash ones. A whole prompt only: as many queries as keys.
     """
 
     name: str
     patterns: HeadPattern | Patterns
     parameters: Mapping[str, Any]
+    estimator: Estimator = LAST_ROWS
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> Tensor:
         """Attention over the pairs that the layer's patterns choose for this prompt.
@@ -96,6 +98,7 @@ class SparsePrefill:
             k=k,
             v=v,
             scale=scale,
+            estimator=self.estimator,
             vertical_slash={h: p for h, p in heads.items() if isinstance(p, VerticalSlash)},
             a_shape={h: p for h, p in heads.items() if isinstance(p, AShape)},
             block_sparse={h: p for h, p in heads.items() if isinstance(p, BlockSparse)},
@@ -145,6 +148,7 @@ class _Layer:
     k: Tensor
     v: Tensor
     scale: float
+    estimator: Estimator
     vertical_slash: Mapping[int, VerticalSlash]
     a_shape: Mapping[int, AShape]
     block_sparse: Mapping[int, BlockSparse]
@@ -152,9 +156,7 @@ class _Layer:
     def estimate(self) -> _Scores:
         columns = slashes = q_means = k_means = None
         if self.vertical_slash:
-            columns, slashes = self.kernels.last_rows_scores(
-                self.q, self.k, self._heads(self.vertical_slash), scale=self.scale
-            )
+            columns, slashes = self._masses()
         if self.block_sparse:
             q_means, k_means = self.kernels.block_means(self.q), self.kernels.block_means(self.k)
         return _Scores(columns, slashes, q_means, k_means)
@@ -184,6 +186,18 @@ class _Layer:
     def _kernel(self, index: BandIndex | BlockIndex) -> Callable[..., Any]:
         banded = isinstance(index, BandIndex)
         return self.kernels.band_attention if banded else self.kernels.block_attention
+
+    def _masses(self) -> tuple[Tensor, Tensor]:
+        rows = self.estimator.rows_of(self.q.shape[2])
+        columns, slashes = self.kernels.row_scores(
+            self.q,
+            self.k,
+            self._heads(self.vertical_slash),
+            rows,
+            scale=self.scale,
+            **self.estimator.skips,
+        )
+        return self.estimator.weigh(columns, slashes, rows)
 
     def _vertical_slash_index(self, scores: _Scores) -> list[BandIndex]:
         if scores.columns is None or scores.slashes is None:

@@ -157,16 +157,24 @@ def test_attention_of_the_largest_head_dimension_fits(tmp_path):
 
 
 @pytest.mark.parametrize("capability", [HOPPER, AMPERE], ids=["hopper", "ampere"])
-@pytest.mark.parametrize("name", ["row_mass", "mass"])
+@pytest.mark.parametrize("name", ["row_mass", "last_mass", "any_mass"])
 def test_estimators_do_not_spill(name, capability, tmp_path):
     from minference_green.kernels import estimate
 
-    kernel = {"row_mass": estimate._row_mass_kernel, "mass": estimate._mass_kernel}[name]
-    constants = sizes(128, CHUNK=estimate.CHUNK_TILES)
+    kernel, constants = {
+        "row_mass": (estimate._row_mass_kernel, {}),
+        "last_mass": (estimate._mass_kernel, {"LAST": True, "UNITS": estimate.UNITS}),
+        "any_mass": (estimate._mass_kernel, {"LAST": False, "UNITS": estimate.UNITS}),
+    }[name]
+    constants = sizes(128, CHUNK=estimate.CHUNK_TILES, **constants)
     got = compiled(kernel, capability, tmp_path, constants, {"num_warps": 4, "num_stages": 3})
     assert got.spills == []
     assert got.resident(capability) >= 2
     assert uses_tensor_cores(got.sass, capability)
+    if name == "any_mass":
+        # Adding without asking for the sum; an atomic that returns it would wait for it.
+        assert re.search(r"\bRED(G)?\.E\.ADD", got.sass)
+        assert not re.search(r"\bATOMG?\.", got.sass)
 
 
 def test_small_kernels_do_not_spill(tmp_path):

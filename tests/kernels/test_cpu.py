@@ -141,7 +141,7 @@ def test_planted_structure_is_found_and_followed(dtype: torch.dtype) -> None:
     """Estimate, index and attend together recover dense attention on structured inputs."""
     q, k, v = structured(1000, dtype)
     heads = torch.arange(6, dtype=torch.int32)
-    columns, slashes = cpu.last_rows_scores(q, k, heads, scale=0.125)
+    columns, slashes = cpu.row_scores(q, k, heads, range(936, 1000), scale=0.125)
     index = band_index(columns, slashes, heads, [40] * 6, [103] * 6, cut_tiles=cpu.cut_tiles)
     assert index.density(1000).max() < 0.6
     out = cpu.band_attention(q, k, v, index, scale=0.125)
@@ -268,20 +268,29 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("n_q", "n_k"), LENGTHS)
-def test_scores_of_the_last_rows_are_the_oracles(n_q: int, n_k: int) -> None:
+@pytest.mark.parametrize("skips", [(0, 0), (100, 30), (1, 2000)])
+def test_scores_of_listed_rows_are_the_oracles(n_q: int, n_k: int, skips: tuple[int, int]) -> None:
     q, k, _ = inputs(n_q, n_k, torch.float32)
     heads = torch.tensor([5, 0], dtype=torch.int32)
-    want = reference.last_rows_scores(q, k, scale=0.3)
-    for got, full in zip(cpu.last_rows_scores(q, k, heads, scale=0.3), want, strict=True):
-        assert got.dtype == torch.float32
-        torch.testing.assert_close(got.double(), full[:, [5, 0]], rtol=1e-4, atol=1e-6)
+    kept = {"skip_offsets": skips[0], "skip_columns": skips[1]}
+    for rows in (range(max(n_k - n_q, n_k - 64), n_k), sorted({n_k - n_q, n_k - n_q // 2 - 1})):
+        want = reference.row_scores(q, k, rows, scale=0.3, **kept)
+        for got, full in zip(
+            cpu.row_scores(q, k, heads, rows, scale=0.3, **kept), want, strict=True
+        ):
+            assert got.dtype == torch.float32
+            torch.testing.assert_close(got.double(), full[:, [5, 0]], rtol=1e-4, atol=1e-6)
 
 
-def test_fewer_last_rows_can_be_asked_for() -> None:
-    q, k, _ = inputs(100, 100, torch.float32)
-    columns, _ = cpu.last_rows_scores(q, k, torch.zeros(1, dtype=torch.int32), scale=0.3, rows=7)
-    want, _ = reference.last_rows_scores(q, k, scale=0.3, rows=7)
-    torch.testing.assert_close(columns.double(), want[:, :1], rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize(("rows", "match"), [
+    ([], "rows must be 1 to 64 positions, got 0"),
+    ([50, 49], r"rows must ascend, each once, got \[50, 49\]"),
+    ([29, 30], "rows must be positions of queries, 30 to 99, got 29 to 30"),
+])  # fmt: skip
+def test_rows_that_are_no_queries_are_refused(rows: list[int], match: str) -> None:
+    q, k, _ = inputs(70, 100, torch.float32)
+    with pytest.raises(ValueError, match=match):
+        cpu.row_scores(q, k, torch.zeros(1, dtype=torch.int32), rows, scale=0.3)
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 300])

@@ -71,6 +71,29 @@ def test_equal_queries_and_keys_put_even_mass_on_what_each_row_sees() -> None:
     assert slashes.flatten().tolist() == pytest.approx([5 / 6, 5 / 6, 1 / 3])
 
 
+@pytest.mark.parametrize(("n_q", "n_k"), [(1, 1), (7, 100), (100, 100)])
+def test_the_last_rows_are_a_list_of_rows_as_any_other(n_q: int, n_k: int) -> None:
+    """Two oracles, written differently, agree where they say the same."""
+    g = torch.Generator().manual_seed(n_k)
+    q, k = torch.randn(1, 2, n_q, 8, generator=g), torch.randn(1, 1, n_k, 8, generator=g)
+    rows = range(n_k - min(64, n_q), n_k)
+    got = reference.row_scores(q, k, rows, scale=0.5)
+    torch.testing.assert_close(got, reference.last_rows_scores(q, k, scale=0.5))
+
+
+def test_listed_rows_by_hand() -> None:
+    """Even mass: rows 1 and 3 of 4 give their keys 1/2 and 1/4; own keys, then key 0, skipped."""
+    ones = torch.ones(1, 1, 4, 2)
+    columns, slashes = reference.row_scores(ones, ones, [1, 3], scale=1.0)
+    assert columns.flatten().tolist() == pytest.approx([0.75, 0.75, 0.25, 0.25])
+    assert slashes.flatten().tolist() == pytest.approx([0.75, 0.75, 0.25, 0.25])
+    columns, slashes = reference.row_scores(
+        ones, ones, [1, 3], scale=1.0, skip_offsets=1, skip_columns=1
+    )
+    assert columns.flatten().tolist() == pytest.approx([0.75, 0.25, 0.25, 0])
+    assert slashes.flatten().tolist() == pytest.approx([0.75, 0.25, 0.25, 0])
+
+
 def test_the_largest_scores_win_and_ties_go_to_the_smaller_position() -> None:
     scores = torch.tensor([1.0, 5.0, 3.0, 5.0, 3.0, 0.0])
     assert reference.top_positions(scores, 1, 0) == [1]
