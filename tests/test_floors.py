@@ -23,6 +23,7 @@ FLOORS = {
     "validity": 2,
     "comparable": 2,
     "stats": 2,
+    "retention": 2,
     "verdict": 2,
     "baseline": 2,
     "calibration": 2,
@@ -62,7 +63,7 @@ DOORS = {
     "transformers": {"model/"},
     "typer": {"cli/"},
     "pytest": {"pytest_plugin.py"},
-    "scipy": {"stats.py"},
+    "scipy": {"stats.py", "retention.py"},
     "triton": {"kernels/"},
     "rich": {"cli/", "render/"},
 }
