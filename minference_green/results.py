@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -220,6 +221,68 @@ class Backends(Record):
     chosen: str
 
 
+class Divergence(Record):
+    """How far next-token distributions are from the reference arm's; means over positions."""
+
+    positions: int
+    kl_nats: float
+    """Kullback-Leibler divergence of the arm from the reference."""
+    js_nats: float
+    """Jensen-Shannon divergence, at most log 2."""
+    top1_agreement: float
+    """Share of positions with the same most likely token."""
+    nll_change_nats: float | None
+    """Of the prompt's own next token, arm less reference; null where none follows."""
+
+
+class Recall(Record):
+    """Share of its dense attention mass that an arm kept; means over sampled rows."""
+
+    by_head: tuple[tuple[float, ...], ...]
+    """Per served layer and query head."""
+    by_decile: tuple[tuple[float | None, ...], ...]
+    """Per served layer and tenth of the prompt, over heads; null where no row was sampled."""
+
+    @property
+    def mean(self) -> float:
+        """Over all heads."""
+        return fmean(value for layer in self.by_head for value in layer)
+
+    @property
+    def worst_head(self) -> float:
+        """The head that kept least."""
+        return min(value for layer in self.by_head for value in layer)
+
+
+class Faithfulness(Record):
+    """What an arm's attention and output lost against the reference arm on the same prompt."""
+
+    prompt: Divergence
+    """At positions spread over the whole prompt."""
+    last_rows: Divergence
+    """At the last 64 positions, which the estimators of some methods look at."""
+    beyond_whole_rows: Divergence | None = None
+    """Of the positions spread over the prompt, those at ``whole_rows`` and later."""
+    whole_rows: int | None = None
+    """Leading rows that see all their keys in every head of every served layer; null if the
+    method does not tell its pairs."""
+    kl_nats_by_decile: tuple[float | None, ...]
+    """Per tenth of the prompt."""
+    layers: tuple[int, ...]
+    """The layers that the method serves, in the order of every list per layer."""
+    rows: int
+    """Sampled per layer and head for recall, error and drift."""
+    recall: Recall | None = None
+    """On the queries and keys of the reference arm's run: what the choice of pairs costs."""
+    recall_in_situ: Recall | None = None
+    """On the arm's own queries and keys, which earlier layers have changed."""
+    recall_reason: str | None = None
+    output_error: tuple[float, ...]
+    """Relative RMS error of a layer's attention output on the reference arm's inputs."""
+    residual_cosine: tuple[float, ...]
+    """Between the two arms' residual streams after a layer; mean over rows."""
+
+
 class Observation(Record):
     """What an arm computed and lost at one length; taken outside energy windows."""
 
@@ -236,6 +299,9 @@ class Observation(Record):
     top1_agreement: float | None = None
     """Share of sampled prompt positions whose most likely next token is the reference's."""
     sampled_positions: int = 0
+    faithfulness: Faithfulness | None = None
+    faithfulness_reason: str | None = None
+    """Why there is none; null in runs from before it was observed."""
     estimate_seconds: float | None = None
     index_seconds: float | None = None
     attend_seconds: float | None = None
@@ -472,7 +538,7 @@ def load(path: Path) -> Run:
     return Run(header=events[0], events=tuple(events[1:]), cut=cut)
 
 
-def _line(event: Event) -> bytes:
+def _line(event: Record) -> bytes:
     return event.model_dump_json().encode() + b"\n"
 
 
@@ -502,13 +568,13 @@ def _parse(line: bytes, file: Path, number: int) -> Event:
 
 
 class Journal:
-    """Appends records to a run file, each on disk before :meth:`append` returns.
+    """Appends records to a file of them, each on disk before :meth:`append` returns.
 
     The file is locked while open, so that two processes never write one run.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / FILE_NAME
+    def __init__(self, directory: Path, file_name: str = FILE_NAME) -> None:
+        self.path = directory / file_name
         try:
             directory.mkdir(parents=True, exist_ok=True)
             # Unbuffered: bytes a full disk refused must not come back with the next record.
@@ -527,7 +593,7 @@ class Journal:
             ) from error
         self._drop_cut_line()
 
-    def append(self, event: Event) -> None:
+    def append(self, event: Record) -> None:
         """Write one record; raises ``MeasurementError`` when the disk refuses it."""
         fd = self._file.fileno()
         before = os.fstat(fd).st_size

@@ -1,10 +1,9 @@
-"""What the worker decides by itself: orders, repeats, positions, when it is warm."""
+"""What the worker decides by itself: orders, repeats, when it is warm."""
 
 import pytest
 import torch
 
 from minference_green.cell import repeats_for
-from minference_green.observe import SAMPLED_POSITIONS, sampled_positions
 from minference_green.torch_device import resolve_device
 from minference_green.worker import settled, window_order
 
@@ -41,18 +40,6 @@ def test_warm_is_three_rounds_within_half_a_percent_and_a_degree(
     rounds: list[tuple[float, float | None]], warm: bool
 ) -> None:
     assert settled(rounds) == warm
-
-
-@pytest.mark.parametrize("length", [1, 7, 255, 256, 257, 1000, 131072])
-def test_sampled_positions_are_distinct_spread_and_end_with_the_last(length: int) -> None:
-    positions = sampled_positions(length, torch.device("cpu"))
-    assert len(positions) == min(SAMPLED_POSITIONS, length)
-    assert positions[-1] == length - 1
-    assert positions[0] >= 0
-    gaps = positions.diff()
-    assert (gaps >= 1).all()
-    if len(gaps):
-        assert gaps.max() - gaps.min() <= 1
 
 
 def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

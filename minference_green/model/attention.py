@@ -79,7 +79,7 @@ def switched(
     ``UnsupportedCallError`` during a forward pass with padding, packed sequences, a static cache,
     dropout or an argument that would be ignored.
     """
-    layers = _attention_layers(model)
+    layers = attention_layers(model)
     state = Switched(method, dense, _own_paths(model, layers))
     outer = {layer: _switched[layer] for layer in layers if layer in _switched}
     previous = model.config._attn_implementation  # noqa: SLF001  # has no public reader
@@ -101,7 +101,7 @@ def switched(
         _switched.update(outer)
 
 
-def _attention_layers(model: PreTrainedModel) -> list[nn.Module]:
+def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Modules that call the attention interface: they know their layer and their causality."""
     return [
         module

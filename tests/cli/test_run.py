@@ -99,7 +99,12 @@ def test_the_sparse_arm_tells_its_density_and_what_it_lost(
     assert 0 < sparse.density <= 1
     assert sparse.logits_relative_error is not None
     assert sparse.top1_agreement is not None
-    assert sparse.sampled_positions == 256
+    assert sparse.sampled_positions == 300
+    assert dense.faithfulness is None
+    lost = sparse.faithfulness
+    assert lost.layers == (0, 1, 2)
+    assert lost.recall.worst_head < lost.recall.mean < 1 + 1e-6
+    assert lost.prompt.top1_agreement == sparse.top1_agreement
 
 
 def test_json_carries_the_same_run(
