@@ -91,7 +91,7 @@ class SparsePrefill:
                 f"{self.name} prefills whole prompts, got {q.shape[2]} queries for "
                 f"{k.shape[2]} keys; run a continuation dense"
             )
-        heads = self._head_patterns(layer, q.shape[1])
+        heads = self.head_patterns(layer, q.shape[1])
         return _Layer(
             kernels=kernels_for(q.device),
             q=q,
@@ -104,7 +104,8 @@ class SparsePrefill:
             block_sparse={h: p for h, p in heads.items() if isinstance(p, BlockSparse)},
         )
 
-    def _head_patterns(self, layer: int, n_heads: int) -> dict[int, HeadPattern]:
+    def head_patterns(self, layer: int, n_heads: int) -> dict[int, HeadPattern]:
+        """Each query head's pattern; ``UsageError`` if the patterns are for another model."""
         if not isinstance(self.patterns, tuple):
             return dict.fromkeys(range(n_heads), self.patterns)
         if layer >= len(self.patterns) or len(self.patterns[layer]) != n_heads:
