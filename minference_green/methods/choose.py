@@ -6,11 +6,13 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from minference_green.errors import UsageError
 from minference_green.methods.dense import Dense, DenseAgain
+from minference_green.methods.estimator import Estimator
 from minference_green.methods.method import PrefillMethod
 from minference_green.methods.official import read_patterns
 from minference_green.methods.patterns import (
@@ -31,7 +33,7 @@ UNIFORM: dict[str, Callable[..., HeadPattern]] = {
 }
 """Methods that give every head one pattern; the pattern's fields are the options."""
 
-NAMES = ("dense", "minference", *UNIFORM, "dense-again")
+NAMES = ("dense", "minference", "spread", *UNIFORM, "dense-again")
 """Methods that come with the package."""
 
 
@@ -40,9 +42,10 @@ def method_from_name(
 ) -> PrefillMethod:
     """The method called ``name`` with ``options``, or the user's own from ``module:NAME``.
 
-    ``patterns`` are the model's own; ``minference`` uses them unless ``pattern_file`` names
-    others, and without either MInference's default for every head. A user's module is also
-    looked for in the current directory. Raises ``UsageError`` naming what is valid.
+    ``patterns`` are the model's own; ``minference`` and ``spread`` use them unless
+    ``pattern_file`` names others, and without either MInference's default for every head. A
+    user's module is also looked for in the current directory. Raises ``UsageError`` naming
+    what is valid.
     """
     if ":" in name:
         return _user_method(name, options)
@@ -56,6 +59,25 @@ def method_from_name(
             return _minference(pattern_file, patterns)
 
         return _build(minference, options, name)
+    if name == "spread":
+
+        def spread(
+            pattern_file: str | None = None,
+            vertical_size: int | None = None,
+            slash_size: int | None = None,
+            rows: int = 64,
+            last: int = 8,
+            normalise: str = "raw",
+        ) -> SparsePrefill:
+            sizes = {"vertical_size": vertical_size, "slash_size": slash_size}
+            given = {key: size for key, size in sizes.items() if size is not None}
+            if given and pattern_file is not None:
+                raise UsageError(f"spread takes a pattern_file or {', '.join(given)}, not both")
+            budgets = uniform(name, VerticalSlash(**given)) if given else None
+            budgets = budgets or _minference(pattern_file, patterns)
+            return _spread(budgets, Estimator(rows, last, normalise, skip_forced=True))
+
+        return _build(spread, options, name)
     if name in UNIFORM:
         return uniform(name, _build(UNIFORM[name], options, name))
     raise UsageError(
@@ -74,6 +96,12 @@ def _minference(pattern_file: str | None, own: Patterns | None) -> SparsePrefill
     default = VerticalSlash()
     source = {"patterns": f"MInference's default for every head: {default}"}
     return SparsePrefill("minference", default, source)
+
+
+def _spread(budgets: SparsePrefill, estimator: Estimator) -> SparsePrefill:
+    """The same budgets, head by head, filled from rows all over the prompt."""
+    parameters = {**budgets.parameters, **asdict(estimator)}
+    return replace(budgets, name="spread", parameters=parameters, estimator=estimator)
 
 
 def _parameters(source: str, patterns: Patterns) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from minference_green.errors import UsageError
 from minference_green.methods.choose import NAMES, method_from_name
 from minference_green.methods.dense import Dense
+from minference_green.methods.estimator import Estimator
 from minference_green.methods.method import PrefillMethod, ProfiledMethod
 from minference_green.methods.patterns import AShape, BlockSparse, VerticalSlash
 from minference_green.methods.sparse import SparsePrefill
@@ -43,7 +44,11 @@ def test_options_set_the_fields_of_the_pattern() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "match"),
     [
-        ("fast", {}, "'fast' is not a method; choose from dense, minference, vertical-slash"),
+        (
+            "fast",
+            {},
+            "'fast' is not a method; choose from dense, minference, spread, vertical-slash",
+        ),
         ("auto", {}, "'auto' is not a method"),
         ("a-shape", {"top_k": "1"}, "no option 'top_k'; its options are n_init, n_local"),
         ("minference", {"file": "x"}, "no option 'file'; its options are pattern_file"),
@@ -51,6 +56,16 @@ def test_options_set_the_fields_of_the_pattern() -> None:
         ("a-shape", {"n_init": "1.5"}, "n_init must be a whole number, got '1.5'"),
         ("a-shape", {"n_local": "0"}, "n_local must be at least 1"),
         ("dense", {"backend": "flesh"}, "'flesh' is not a dense backend"),
+        ("spread", {"rows": "65"}, "rows must be between 1 and 64, got 65"),
+        ("spread", {"rows": "0"}, "rows must be between 1 and 64, got 0"),
+        ("spread", {"last": "0"}, "last must be between 1 and rows = 64, got 0"),
+        ("spread", {"rows": "4"}, "last must be between 1 and rows = 4, got 8"),
+        ("spread", {"normalise": "no"}, "normalise must be one of raw, tile, got 'no'"),
+        (
+            "spread",
+            {"slash_size": "9", "pattern_file": "x"},
+            "pattern_file or slash_size, not both",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_with_what_is_valid(
@@ -79,6 +94,21 @@ def test_minference_takes_the_file_before_the_models_own_patterns(tmp_path: Path
 
     without = method_from_name("minference", {})
     assert patterns_of(without) == VerticalSlash(1000, 6096)
+
+
+def test_spread_has_the_budgets_of_minference_and_rows_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "patterns.json"
+    path.write_text(json.dumps([{"0": ["vertical_and_slash", 30, 80, 0.5]}]))
+    own = ((VerticalSlash(1, 2), AShape()),)
+    for options, patterns in (({}, None), ({}, own), ({"pattern_file": str(path)}, own)):
+        spread = method_from_name("spread", options, patterns=patterns)
+        assert patterns_of(spread) == patterns_of(
+            method_from_name("minference", options, patterns=patterns)
+        )
+    sized: Any = method_from_name("spread", {"slash_size": "70", "rows": "32", "last": "16"})
+    assert sized.patterns == VerticalSlash(1000, 70)
+    assert sized.estimator == Estimator(rows=32, last=16, skip_forced=True)
+    assert sized.parameters["rows"] == 32
 
 
 OWN = '''
