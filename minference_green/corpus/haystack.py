@@ -131,7 +131,7 @@ def shortest(seed: int, index: int, recipe: Recipe = DEFAULT) -> int:
 class _Sentence:
     """A sentence, and the share of the text where its value is to begin.
 
-    ``back`` bytes before that share; without a value (an alias) the sentence ends there.
+    ``back`` bytes before that share; a sentence without a value (an alias) ends there.
     """
 
     share: float
@@ -148,6 +148,10 @@ class _Sentence:
     @property
     def value_offset(self) -> int:
         return len(self.before.encode())
+
+    @property
+    def bytes_from_value(self) -> int:
+        return len(self.text) - self.value_offset
 
 
 @dataclass(frozen=True)
@@ -216,8 +220,8 @@ def _asked(item: Item, limit: float, token_bytes: int, ledger: Ledger, draws: Dr
     sentences = [first]
     match treatment.regime:
         case "single":
-            links, key = _aliases(key, treatment, share, limit, ledger, draws)
-            sentences += links
+            before, behind, key = _aliases(key, treatment, share, limit, ledger, draws)
+            sentences = [*before, first, *behind]
         case "repeated":
             for number in range(1, treatment.mentions):
                 form = language.paraphrase if number % 2 else language.statement
@@ -249,16 +253,19 @@ def _share_and_back(sentence: _Sentence) -> tuple[float, int]:
 
 def _aliases(
     key: Key, treatment: Treatment, share: float, limit: float, ledger: Ledger, draws: Draws
-) -> tuple[list[_Sentence], Key]:
-    """The sentences from the stated key to the one asked for, and that key."""
-    links = []
+) -> tuple[list[_Sentence], list[_Sentence], Key]:
+    """The aliases before the fact, those behind it, and the key asked for."""
+    before: list[_Sentence] = []
+    behind: list[_Sentence] = []
     for hop in range(1, treatment.hops):
         other = _alias_key(key, ledger, draws)
-        before = treatment.alias_first == (hop == 1)
-        at = _between(draws, 0.0, share) if before else _between(draws, share, limit)
-        links.append(_Sentence(at, language.alias(key, other.entity)))
+        sentence = language.alias(key, other.entity)
+        if treatment.alias_first == (hop == 1):
+            before.append(_Sentence(_between(draws, 0.0, share), sentence))
+        else:
+            behind.append(_Sentence(_between(draws, share, limit), sentence))
         key = other
-    return links, key
+    return before, behind, key
 
 
 def _alias_key(key: Key, ledger: Ledger, draws: Draws) -> Key:
@@ -334,17 +341,28 @@ def _in_order(drafts: Iterable[_Draft]) -> list[tuple[int, _Sentence]]:
 
 
 def _starts(sentences: Sequence[_Sentence], length: int) -> list[int]:
-    """Where each begins: at its share, pushed on by those before it, back by the end."""
-    starts, end = [], 0
-    for sentence in sentences:
-        wanted = int(sentence.share * length) - sentence.back - sentence.value_offset
-        starts.append(max(wanted, end))
-        end = starts[-1] + len(sentence.text)
+    """Where each begins: at its share, moved by its neighbours and the end of the text.
+
+    What asks for bytes ``back`` keeps them behind it, as far as the text has room before it.
+    """
+    starts = [int(s.share * length) - s.back - s.value_offset for s in sentences]
+    _push_on(starts, sentences)
     following = length
     for number in range(len(sentences) - 1, -1, -1):
-        starts[number] = min(starts[number], following - len(sentences[number].text))
+        sentence = sentences[number]
+        if sentence.back:
+            following = min(following, length - sentence.back + sentence.bytes_from_value)
+        starts[number] = min(starts[number], following - len(sentence.text))
         following = starts[number]
+    _push_on(starts, sentences)
     return starts
+
+
+def _push_on(starts: list[int], sentences: Sequence[_Sentence]) -> None:
+    end = 0
+    for number, sentence in enumerate(sentences):
+        starts[number] = max(starts[number], end)
+        end = starts[number] + len(sentence.text)
 
 
 @dataclass(frozen=True)
