@@ -18,8 +18,8 @@ MOST_RECALL = 1 + 1e-3
 
 _GOLDEN = (5**0.5 - 1) / 2
 
-_CHUNK = 2**23
-"""Scores or logits held at once: 32 MiB in fp32."""
+_CHUNK = 2**22
+"""Scores or logits held at once: 16 MiB in fp32."""
 
 
 class RecallError(MeasurementError):
@@ -162,9 +162,11 @@ def divergences(
     js = torch.zeros_like(kl)
     for _, *tile in logits():
         p, q = (z - one.lse[:, None] for one, z in zip(passes, tile, strict=True))
-        middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
-        kl += (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
-        js += (p.exp() * (p - middle) + q.exp() * (q - middle)).sum(-1, dtype=torch.float64) / 2
+        p_mass, q_mass = p.exp(), q.exp()
+        # Where both vanish the logarithm is any finite number: it is multiplied by zero.
+        middle = ((p_mass + q_mass) / 2).clamp_(min=torch.finfo(p.dtype).tiny).log_()
+        kl += (p_mass * (p - q)).sum(-1, dtype=torch.float64)
+        js += (p_mass * (p - middle) + q_mass * (q - middle)).sum(-1, dtype=torch.float64) / 2
     nll = [(one.lse - one.target).double() for one in passes]
     return Divergences(
         kl=kl.clamp(min=0),

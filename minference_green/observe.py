@@ -6,8 +6,9 @@ its own, its density, times and kept attention are noted, and its output is comp
 sampled rows of anything are kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from statistics import fmean
 
 import torch
@@ -24,7 +25,8 @@ from minference_green.faithfulness import (
     relative_rms,
     sampled_rows,
 )
-from minference_green.methods.method import PrefillMethod, ProfiledMethod
+from minference_green.methods.dense import Dense
+from minference_green.methods.method import LayerProfile, PrefillMethod, ProfiledMethod
 from minference_green.model.hidden import head, tapped
 from minference_green.results import Divergence, Faithfulness, Note, Observation, Recall
 from minference_green.task import Task
@@ -81,10 +83,18 @@ class _Kept:
     """``[B, Hq, R]`` on the CPU."""
     defect: str | None = None
 
-    def note(self, lse: Tensor, dense_lse: Tensor, layer: int) -> None:
-        """Both ``[B, Hq, R]``, of the sampled rows."""
+    def note(
+        self, profile: LayerProfile, dense_lse: Callable[[], Tensor], rows: Tensor, layer: int
+    ) -> None:
+        """``dense_lse`` gives ``[B, Hq, R]``, of the sampled rows; asked for if it is needed."""
+        if profile.lse is None:
+            if bool((profile.density == 1).all()):  # every causal pair, as dense layers have
+                batch, n_heads = profile.out.shape[:2]
+                self.by_layer[layer] = torch.ones(batch, n_heads, len(rows))
+            return
         try:
-            kept = kept_mass(lse, dense_lse)
+            at = rows.to(profile.lse.device)
+            kept = kept_mass(profile.lse.index_select(2, at), dense_lse())
         except RecallError as error:
             self.defect = self.defect or f"layer {layer}: {error}"
             return
@@ -112,14 +122,18 @@ class _Own:
         self.density[layer] = tuple(profile.density.tolist())
         seconds = (profile.estimate_seconds, profile.index_seconds, profile.attend_seconds)
         self.steps = [total + step for total, step in zip(self.steps, seconds, strict=True)]
-        if profile.lse is not None:
-            at = self._sample.rows.to(q.device)
-            dense_lse = causal_lse(q.index_select(2, at), k, self._sample.rows, scale=scale)
-            self.kept.note(profile.lse.index_select(2, at), dense_lse, layer)
+        rows = self._sample.rows
+        self.kept.note(profile, lambda: _dense_lse(q, k, rows, scale), rows, layer)
         if profile.indices:
             whole = (int(index.whole_rows(q.shape[2]).min()) for index in profile.indices)
             self.whole_rows[layer] = min(whole)
+        elif bool((profile.density == 1).all()):
+            self.whole_rows[layer] = q.shape[2]
         return profile.out
+
+
+def _dense_lse(q: Tensor, k: Tensor, rows: Tensor, scale: float) -> Tensor:
+    return causal_lse(q.index_select(2, rows.to(q.device)), k, rows, scale=scale)
 
 
 @dataclass
@@ -141,21 +155,18 @@ class _Teacher:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> Tensor:
         out = self._own.attend(q, k, v, scale=scale, layer=layer)
-        at = self._sample.rows.to(q.device)
+        rows = self._sample.rows
+        at = rows.to(q.device)
         wanted = out.index_select(2, at)
-        dense_lse: Tensor | None = None
+        dense_lse = cache(lambda: _dense_lse(q, k, rows, scale))
         for taught in self._taught.values():
             if taught.failure is not None:
                 continue
             try:
                 if isinstance(taught.method, ProfiledMethod):
                     profile = taught.method.profile(q, k, v, scale=scale, layer=layer)
+                    taught.kept.note(profile, dense_lse, rows, layer)
                     found = profile.out
-                    if profile.lse is not None:
-                        if dense_lse is None:
-                            rows = q.index_select(2, at)
-                            dense_lse = causal_lse(rows, k, self._sample.rows, scale=scale)
-                        taught.kept.note(profile.lse.index_select(2, at), dense_lse, layer)
                 else:
                     found = taught.method.attend(q, k, v, scale=scale, layer=layer)
             except torch.OutOfMemoryError as error:
@@ -199,6 +210,9 @@ def observe(
         own = _Own(cell.method, sample)
         teacher = _Teacher(own, taught, sample) if name == reference else None
         try:
+            if teacher and own.profiled and not isinstance(cell.method, Dense):
+                # The first profile compiles what no window runs; the others' is in the teacher.
+                _prefill(cell, _Own(cell.method, sample), sample)
             seen = _prefill(cell, teacher or own, sample)
             record = _observation(task.block, length, own)
             if teacher:
@@ -381,7 +395,7 @@ def _observation(block: int, length: int, own: _Own) -> Observation:
         )
     density = fmean(d for layer in own.density.values() for d in layer)
     notes: tuple[str, ...] = ()
-    if density > DENSITY_WARNING and own.name not in ("dense", "dense-again"):
+    if density > DENSITY_WARNING and own.name not in ("dense", "dense-again", "auto"):
         notes = (
             f"density {density:.2f} at {format_length(length)}: these budgets leave almost "
             "nothing out; use smaller budgets or a pattern file made for this model",

@@ -65,8 +65,8 @@ class SparsePrefill:
             work = self._layer(q, k, v, scale, layer)
             scores, estimate_seconds = _timed(q.device, work.estimate)
             indices, index_seconds = _timed(q.device, lambda: work.index(scores))
-            out, attend_seconds = _timed(q.device, lambda: work.attend(indices))
-            lse = work.log_sum_exp(indices)
+            lse = work.empty_lse()
+            out, attend_seconds = _timed(q.device, lambda: work.attend(indices, lse))
         density = torch.zeros(q.shape[1], dtype=torch.float64)
         for index in indices:
             density[index.heads.cpu().long()] = index.density(q.shape[2]).mean(0).cpu()
@@ -167,26 +167,23 @@ class _Layer:
         joined = [join_bands(*bands)] if len(bands) == 2 else bands
         return [*joined, *self._block_index(scores)]
 
-    def attend(self, indices: list[BandIndex | BlockIndex]) -> Tensor:
+    def attend(self, indices: list[BandIndex | BlockIndex], lse: Tensor | None = None) -> Tensor:
+        """The output; also fills ``lse`` if given, by a variant of the kernels that writes it."""
         out = torch.empty_like(self.q)
         for index in indices:
-            self._kernel(index)(self.q, self.k, self.v, index, scale=self.scale, out=out)
+            banded = isinstance(index, BandIndex)
+            run = self.kernels.band_attention if banded else self.kernels.block_attention
+            found = run(
+                self.q, self.k, self.v, index,
+                scale=self.scale, out=out, return_lse=lse is not None,
+            )  # fmt: skip
+            if lse is not None:
+                lse[:, index.heads.long()] = found[1]
         return out
 
-    def log_sum_exp(self, indices: list[BandIndex | BlockIndex]) -> Tensor:
-        """``[B, Hq, N]``, from a run of its own: the attention that is timed does not write it."""
+    def empty_lse(self) -> Tensor:
         wide = torch.promote_types(self.q.dtype, torch.float32)
-        lse = torch.empty(self.q.shape[:3], dtype=wide, device=self.q.device)
-        unused = torch.empty_like(self.q)
-        for index in indices:
-            _, lse[:, index.heads.long()] = self._kernel(index)(
-                self.q, self.k, self.v, index, scale=self.scale, out=unused, return_lse=True
-            )
-        return lse
-
-    def _kernel(self, index: BandIndex | BlockIndex) -> Callable[..., Any]:
-        banded = isinstance(index, BandIndex)
-        return self.kernels.band_attention if banded else self.kernels.block_attention
+        return torch.empty(self.q.shape[:3], dtype=wide, device=self.q.device)
 
     def _masses(self) -> tuple[Tensor, Tensor]:
         rows = self.estimator.rows_of(self.q.shape[2])
