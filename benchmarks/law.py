@@ -41,7 +41,7 @@ Sample = dict[str, Any]
 """``step``, ``head_dim``, ``work`` (amount by term), ``seconds`` and what was measured."""
 
 GPU_LENGTHS = (1024, 2048, 4096, 8192, 12288, 16384, 32768, 65536, 131072)
-CPU_LENGTHS = (512, 1024, 2048, 4096, 8192)
+CPU_LENGTHS = (512, 1024, 2048, 4096)
 
 BUDGETS = ((1000, 6096), (30, 800), (3500, 100), (100, 800))
 """Verticals and slashes of the commonest heads of MInference's file for Llama-3-8B."""

@@ -8,8 +8,9 @@ A map, from the bottom up (a module imports only from its own floor or below):
 3. ``methods``, ``meters``, ``carbon``: prefill methods; energy readings; gCO2e;
    ``faithfulness``: what a method's attention and output lost
 4. ``model``: the only place that imports transformers
-5. ``bench``: the measuring loop; ``worker``, ``task``, ``cell``, ``observe``, ``breakdown``: the
-   process that runs a model; ``check``, ``doctor``, ``command``: other jobs that measure
+5. ``bench``: the measuring loop; ``worker``, ``task``, ``cell``, ``decide``, ``observe``,
+   ``breakdown``: the process that runs a model; ``check``, ``doctor``, ``command``: other jobs
+   that measure
 6. ``api``, ``cli``: the exported functions and the ``green-bench`` command
 """
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from pydantic import Field, TypeAdapter
 
@@ -40,6 +40,7 @@ from minference_green.results import (
     FILE_NAME,
     Backends,
     BlockDone,
+    Decision,
     DeviceState,
     Event,
     Extension,
@@ -112,6 +113,8 @@ class Request(Record):
     meter: str = "auto"
     allow_shared: bool = False
     allow_longer: bool = False
+    rest: Literal["stock", "fused"] = "stock"
+    """Everything of the model but attention: as transformers runs it, or its small steps fused."""
     command: tuple[str, ...] = ()
 
 
@@ -344,12 +347,14 @@ class _Experiment:
             "methods": request.methods,
             "options": request.options,
             "allow_longer": request.allow_longer,
+            "rest": request.rest,
             "window_seconds": plan.window_seconds,
             "warmup_seconds": plan.warmup_seconds,
             "decode_tokens": plan.decode_tokens,
             "breakdown": request.breakdown and block == 0,
             "idle_seconds": min(IDLE_SECONDS[kind], plan.window_seconds),
             "backends": {e.context_length: e.chosen for e in events if isinstance(e, Backends)},
+            "decisions": [e.model_dump(mode="json") for e in events if isinstance(e, Decision)],
             "observed": [
                 (e.context_length, e.method) for e in events if isinstance(e, Observation)
             ],

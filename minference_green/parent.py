@@ -42,6 +42,7 @@ def fingerprint_of(
         workload_hash=workload.hash,
         software=fingerprint.software(device.get("cuda")),
         kernel_hash=fingerprint.kernel_hash(),
+        rest=loaded["rest"],
         code_commit=commit,
         code_dirty=dirty,
         cpu=fingerprint.cpu_name(),
@@ -82,7 +83,15 @@ def merge_devices(device: Message, metered: list[Device]) -> tuple[Device, ...]:
 
 def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
     """What makes windows taken now a different experiment from those on file."""
-    keys = ("devices", "model_revision", "dtype", "workload_hash", "kernel_hash", "software")
+    keys = (
+        "devices",
+        "model_revision",
+        "dtype",
+        "workload_hash",
+        "rest",
+        "kernel_hash",
+        "software",
+    )
     return [
         f"{key} changed from {getattr(before, key)} to {getattr(now, key)}"
         for key in keys

@@ -124,6 +124,8 @@ class Fingerprint(Record):
     workload_hash: str
     software: dict[str, str]
     kernel_hash: str
+    rest: str = "stock"
+    """How everything but attention ran: ``stock``, or which of its steps were fused."""
     code_commit: str | None
     code_dirty: bool | None
     cpu: str = ""
@@ -283,6 +285,31 @@ class Faithfulness(Record):
     """Between the two arms' residual streams after a layer; mean over rows."""
 
 
+class LayerChoice(Record):
+    """What was predicted for one layer, and what it runs."""
+
+    layer: int
+    density: float
+    """Mean over heads of visible over causal pairs, as seen in the warm-up."""
+    dense_seconds: float
+    sparse_seconds: float
+    runs: Literal["dense", "sparse"]
+
+
+class Decision(Record):
+    """Where an arm that chooses between dense and sparse runs which, decided before measuring."""
+
+    event: Literal["decision"] = "decision"
+    block: int
+    context_length: int
+    method: str
+    law: str
+    """Which law of attention times predicted."""
+    margin: float
+    """Share by which sparse had to be predicted faster."""
+    layers: tuple[LayerChoice, ...]
+
+
 class Observation(Record):
     """What an arm computed and lost at one length; taken outside energy windows."""
 
@@ -439,6 +466,7 @@ Event = Annotated[
     Header
     | Setup
     | Backends
+    | Decision
     | Observation
     | Window
     | Idle

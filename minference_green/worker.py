@@ -9,6 +9,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +19,9 @@ from torch import Tensor
 from minference_green.breakdown import break_down
 from minference_green.cell import Cell, repeats_for
 from minference_green.channel import Channel, Message, die_with_parent
+from minference_green.decide import decided
 from minference_green.errors import GreenBenchError, UsageError
+from minference_green.methods.auto import Auto
 from minference_green.methods.backend import synchronize
 from minference_green.methods.choose import method_from_name
 from minference_green.methods.dense import BackendTimings, Dense, time_backends
@@ -29,6 +32,7 @@ from minference_green.methods.official import check_shape
 from minference_green.methods.sparse import SparsePrefill
 from minference_green.model.attention import switched
 from minference_green.model.loading import LoadedModel, load
+from minference_green.model.rest import fused, triton_pieces
 from minference_green.observe import observe
 from minference_green.results import Backends, Note, Phase, Skip
 from minference_green.task import Task
@@ -87,10 +91,30 @@ def serve(channel: Channel, task: Task, device: torch.device) -> None:
         allow_longer=task.allow_longer,
     )
     methods = methods_by_name(task.methods, task.options, model)
+    with _rest(task, model) as rest:
+        _serve(channel, task, model, methods, rest, began)
+
+
+def _rest(task: Task, model: LoadedModel) -> AbstractContextManager[str]:
+    """The model with everything but attention as asked for; says how it runs."""
+    if task.rest == "stock":
+        return nullcontext("stock")
+    return fused(model.model, triton_pieces(model.model.device))
+
+
+def _serve(
+    channel: Channel,
+    task: Task,
+    model: LoadedModel,
+    methods: dict[str, PrefillMethod],
+    rest: str,
+    began: float,
+) -> None:
+    device = model.model.device
     # Lengths the model refuses end the run before it has a file.
     prompts = {n: model.prompt(task.workload, n) for n in task.workload.context_lengths}
     loaded = time.monotonic()
-    channel.ask("loaded", **identity(model, methods), seconds=loaded - began)
+    channel.ask("loaded", **identity(model, methods, rest), seconds=loaded - began)
     _note_dense_layers(channel, task, model)
     cells = _prepare(channel, task, model, methods, prompts)
     synchronize(device)
@@ -130,10 +154,11 @@ def methods_by_name(
     methods: dict[str, PrefillMethod] = {}
     for name in asked:
         method = method_from_name(name, options.get(name, {}), patterns=model.patterns)
-        if isinstance(method, SparsePrefill) and isinstance(method.patterns, tuple):
+        budgets = method.sparse if isinstance(method, Auto) else method
+        if isinstance(budgets, SparsePrefill) and isinstance(budgets.patterns, tuple):
             config = model.model.config.get_text_config()
             check_shape(
-                method.patterns,
+                budgets.patterns,
                 n_layers=config.num_hidden_layers,
                 n_heads=config.num_attention_heads,
                 source=f"the pattern file of {name}",
@@ -146,13 +171,16 @@ def methods_by_name(
     return methods
 
 
-def identity(model: LoadedModel, methods: Mapping[str, PrefillMethod]) -> dict[str, Any]:
+def identity(
+    model: LoadedModel, methods: Mapping[str, PrefillMethod], rest: str = "stock"
+) -> dict[str, Any]:
     """What the parent needs to say what was measured."""
     return {
         "model": model.spec,
         "revision": model.revision,
         "weights": model.weights,
         "parameters": model.parameters,
+        "rest": rest,
         "methods": [{"name": m.name, "parameters": dict(m.parameters)} for m in methods.values()],
     }
 
@@ -190,9 +218,10 @@ def _prepare(
             if (length, name) in task.excluded:
                 continue
             channel.ask("cell", step="preparing", context_length=length, method=name)
-            arm = dense if isinstance(method, Dense) else method
-            cell = Cell(model, arm, dense, ids)
             try:
+                cell = Cell(model, dense if isinstance(method, Dense) else method, dense, ids)
+                if isinstance(method, Auto):
+                    cell.method = decided(channel, task, method, cell)
                 if name not in compiled:
                     cell.repeat(1)
                     compiled.add(name)

@@ -50,6 +50,7 @@ FLOORS = {
     "worker": 5,
     "task": 5,
     "cell": 5,
+    "decide": 5,
     "observe": 5,
     "breakdown": 5,
     "torch_device": 5,

@@ -4,7 +4,7 @@ import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -27,7 +27,7 @@ def run(
     methods: Annotated[
         str,
         typer.Option(
-            help="Comma-separated; the first is the reference. dense, minference, "
+            help="Comma-separated; the first is the reference. dense, minference, auto, "
             "vertical-slash, a-shape, block-sparse, or package.module:NAME of your own."
         ),
     ] = "dense,minference",
@@ -86,6 +86,13 @@ def run(
     allow_longer: Annotated[
         bool, typer.Option("--allow-longer", help="Go beyond the model's own context limit.")
     ] = False,
+    rest: Annotated[
+        str,
+        typer.Option(
+            help="Everything but attention, in every arm: stock, or fused (CUDA; norms, rotary "
+            "embedding and MLP gates in one pass each)."
+        ),
+    ] = "stock",
     country: grid.Country = "",
     region: grid.Region = "",
     cloud: grid.Cloud = "",
@@ -143,6 +150,7 @@ def run(
         meter="none" if no_energy else meter,
         allow_shared=allow_shared,
         allow_longer=allow_longer,
+        rest=parse_rest(rest),
         command=tuple(sys.argv[1:]),
     )
     with open_progress(quiet) as progress:
@@ -227,6 +235,14 @@ def parse_dtype(text: str) -> str:
     if text not in DTYPES:
         raise UsageError(f"--dtype {text!r} is not known; use one of {', '.join(DTYPES)}")
     return text
+
+
+def parse_rest(text: str) -> Literal["stock", "fused"]:
+    """How everything but attention runs."""
+    match text:
+        case "stock" | "fused":
+            return text
+    raise UsageError(f"--rest {text!r} is not known; use stock or fused")
 
 
 def positive(option: str, number: int) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from minference_green.errors import UsageError
+from minference_green.methods.auto import Auto
 from minference_green.methods.dense import Dense, DenseAgain
 from minference_green.methods.estimator import Estimator
 from minference_green.methods.method import PrefillMethod
@@ -33,7 +34,7 @@ UNIFORM: dict[str, Callable[..., HeadPattern]] = {
 }
 """Methods that give every head one pattern; the pattern's fields are the options."""
 
-NAMES = ("dense", "minference", "spread", *UNIFORM, "dense-again")
+NAMES = ("dense", "minference", "auto", "spread", *UNIFORM, "dense-again")
 """Methods that come with the package."""
 
 
@@ -42,7 +43,7 @@ def method_from_name(
 ) -> PrefillMethod:
     """The method called ``name`` with ``options``, or the user's own from ``module:NAME``.
 
-    ``patterns`` are the model's own; ``minference`` and ``spread`` use them unless
+    ``patterns`` are the model's own; ``minference``, ``auto`` and ``spread`` use them unless
     ``pattern_file`` names others, and without either MInference's default for every head. A
     user's module is also looked for in the current directory. Raises ``UsageError`` naming
     what is valid.
@@ -59,6 +60,13 @@ def method_from_name(
             return _minference(pattern_file, patterns)
 
         return _build(minference, options, name)
+    if name == "auto":
+
+        def auto(pattern_file: str | None = None, law: str | None = None) -> Auto:
+            sparse = _minference(pattern_file, patterns)
+            return Auto(sparse, None if law is None else Path(law))
+
+        return _build(auto, options, name)
     if name == "spread":
 
         def spread(

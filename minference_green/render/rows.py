@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from minference_green.render.numbers import significant
-from minference_green.results import Backends, Note, Observation, Run, Skip
+from minference_green.results import Backends, Decision, Note, Observation, Run, Skip
 from minference_green.stats import (
     Cell,
     Comparison,
@@ -77,6 +77,8 @@ def facts(run: Run) -> tuple[tuple[str, str], ...]:
         ),
         ("Prompt", f"{tokens} tokens, batch {workload.batch}, seed {workload.seed}"),
         *((("Dense kernel", kernels),) if (kernels := _dense_kernels(run)) else ()),
+        *(("Auto", text) for text in _decisions(run)),
+        *((("Rest of the model", f"fused: {print_.rest}"),) if print_.rest != "stock" else ()),
         ("Energy", header.energy),
         ("Carbon", _carbon(run)),
         (
@@ -114,6 +116,23 @@ def _dense_kernels(run: Run) -> str:
     if len(set(chosen.values())) == 1:
         return f"{next(iter(chosen.values()))}, the fastest here at every length"
     return ", ".join(f"{backend} at {format_length(n)}" for n, backend in sorted(chosen.items()))
+
+
+def _decisions(run: Run) -> tuple[str, ...]:
+    """Where an arm that chooses runs dense and where sparse, and what predicted it."""
+    made = {(d.method, d.context_length): d for d in run.of(Decision)}
+    if not made:
+        return ()
+    parts = []
+    for (_, length), decision in sorted(made.items()):
+        sparse = sum(one.runs == "sparse" for one in decision.layers)
+        of = len(decision.layers)
+        runs = {0: "dense", of: "sparse"}.get(
+            sparse, f"sparse in {sparse} of {of} layers, else dense"
+        )
+        parts.append(f"{format_length(length)} {runs}")
+    laws = dict.fromkeys(f"{d.law}, margin {d.margin:.1%}" for d in made.values())
+    return (f"{'; '.join(parts)}; predicted by {' and '.join(laws)}",)
 
 
 def _carbon(run: Run) -> str:
