@@ -132,7 +132,7 @@ def time_backends(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> BackendTi
     reasons: dict[str, str] = {}
     for name in BACKENDS if q.device.type == "cuda" else _CPU_BACKENDS:
         seconds[name] = None
-        if name == "math" and (reason := _too_large(q, _free_bytes(q.device))):
+        if name == "math" and (reason := _too_large(q, free_bytes(q.device))):
             reasons[name] = reason
             continue
         with warnings.catch_warnings(record=True) as said:
@@ -168,7 +168,8 @@ def _too_large(q: Tensor, free_bytes: int) -> str | None:
     return f"would hold {needed / 2**30:.1f} GiB of scores, {free_bytes / 2**30:.1f} GiB are free"
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that nothing uses yet."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)

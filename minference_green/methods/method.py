@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from minference_green.corpus.records import Haystack
 from minference_green.kernels.index import BandIndex, BlockIndex
 
 
@@ -67,3 +68,16 @@ class PartedMethod(PrefillMethod, Protocol):
 
     def parts(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> Parts:
         """The steps of one call of ``attend``, each fed with what the step before it found."""
+
+
+TokenSpans = Callable[[int, int], tuple[int, int]]
+"""From bytes ``[start, end)`` of a text to the tokens ``[first, last)`` of the prompt that hold
+them."""
+
+
+@runtime_checkable
+class SeeingMethod(PrefillMethod, Protocol):
+    """A method that wants to know what it prefills: a yardstick, or one broken on purpose."""
+
+    def see(self, haystack: Haystack, spans: TokenSpans) -> None:
+        """Called by an audit before each prefill; what it costs counts as the prefill's."""

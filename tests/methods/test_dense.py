@@ -87,9 +87,9 @@ def test_scores_that_would_not_fit_are_not_tried(monkeypatch: pytest.MonkeyPatch
     """2 x 4 x 300 x 300 scores, three times in fp32, are 8.6 MB."""
     q, k, v = inputs(300, 300)
     needed = 3 * 2 * 4 * 300 * 300 * 4
-    monkeypatch.setattr(dense, "_free_bytes", lambda _: 2 * needed)
+    monkeypatch.setattr(dense, "free_bytes", lambda _: 2 * needed)
     assert time_backends(q, k, v, scale=SCALE).seconds["math"] is not None
-    monkeypatch.setattr(dense, "_free_bytes", lambda _: 2 * needed - 1)
+    monkeypatch.setattr(dense, "free_bytes", lambda _: 2 * needed - 1)
     timings = time_backends(q, k, v, scale=SCALE)
     assert timings.seconds["math"] is None
     assert timings.reasons["math"] == "would hold 0.0 GiB of scores, 0.0 GiB are free"

@@ -1,0 +1,264 @@
+"""Puts a haystack's questions to a model: one prefill, many answers over its cache.
+
+Nothing is generated. The right answer is given token by token, and each of its tokens must be
+the most likely one; that holds exactly when greedy decoding would write the answer::
+
+    inside   ... Question? Answer: 4821.   rows of the prompt itself, made by the method
+    end      ... Question? Answer: |4821   the prompt's last row, then dense rows over the cache
+    after    |Question? Answer: 4821       dense rows over the cache, each question on its own
+
+Only rows that predict an answer's token go through the model's head.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from minference_green.auditing.score import Probe, Rival, Score, rival, score
+from minference_green.corpus.filler import OwnText
+from minference_green.corpus.haystack import haystack, plan
+from minference_green.corpus.language import ANSWER_END
+from minference_green.corpus.recipe import Recipe
+from minference_green.corpus.records import Fact, Haystack, Question
+from minference_green.errors import UsageError
+from minference_green.methods.dense import Dense
+from minference_green.methods.method import PrefillMethod, SeeingMethod
+from minference_green.model.attention import switched
+from minference_green.model.loading import LoadedModel
+from minference_green.model.text import Encoder, Tokens
+
+ANY_BYTES = 2**24
+"""A length at which every recipe has room."""
+
+FILLED = 0.97
+"""Where tokens are not bytes, a prompt is at least this share of the length asked for."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A question in tokens: what stands before the answer, and how the answer is judged."""
+
+    question: Question
+    before: tuple[int, ...]
+    """Tokens of the question up to the answer; empty inside, where they stand in the prompt."""
+    probe: Probe
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A haystack in a model's tokens."""
+
+    haystack: Haystack
+    ids: Tensor
+    """``[1, N]``: the model's opening, the text, and the end question up to its answer."""
+    n_text: int
+    """Tokens up to the text's end, where the questions after it go on."""
+    rows: Tensor
+    """Rows that predict the tokens of inside answers, in the order of ``inside``; with an end
+    question the last row behind them."""
+    inside: tuple[Ready, ...]
+    end: Ready | None
+    after: tuple[Ready, ...]
+    spans: Callable[[int, int], tuple[int, int]]
+    """From bytes ``[start, end)`` of the text to tokens ``[first, last)`` of ``ids``."""
+
+    @property
+    def questions(self) -> tuple[Ready, ...]:
+        """All of them, in the order their scores come in."""
+        return (*self.inside, *(() if self.end is None else (self.end,)), *self.after)
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """What one prefill left."""
+
+    logits: Tensor
+    """``[R, vocabulary]`` of the prompt's rows."""
+    cache: Any
+
+
+class Respondent(Protocol):
+    """What answers the questions: a model, or a stand-in with known answers."""
+
+    def prompt(self, index: int, length: int) -> Prompt:
+        """The haystack of this index as a prompt of ``length`` tokens."""
+
+    def prefill(self, prompt: Prompt, method: PrefillMethod) -> Any:
+        """Prefill it with a method; all of this is inside the method's energy window."""
+
+    def answers(self, prompt: Prompt, prefilled: Any) -> list[Score]:
+        """A score per question, in the order of ``prompt.questions``."""
+
+
+@dataclass(frozen=True)
+class ModelRespondent:
+    """Asks a loaded model."""
+
+    model: LoadedModel
+    encoder: Encoder
+    seed: int
+    filler: str | OwnText
+    recipe: Recipe
+
+    def prompt(self, index: int, length: int) -> Prompt:
+        """See :class:`Respondent`. Raises ``UsageError`` if the model is not made for it."""
+        limit = self.model.max_context
+        if limit and length > limit and not self.model.allow_longer:
+            raise UsageError(
+                f"{self.model.spec} is made for {limit} tokens, {length} were asked; "
+                "choose a shorter --context, or --allow-longer to audit it all the same"
+            )
+        found, text = self._fitted(index, length)
+        return lay_out(found, text, self.encoder, self.model.model.device)
+
+    @torch.inference_mode()
+    def prefill(self, prompt: Prompt, method: PrefillMethod) -> Prefilled:
+        """See :class:`Respondent`."""
+        with switched(self.model.model, method, dense=Dense()):
+            out = self.model.model(input_ids=prompt.ids, use_cache=True, logits_to_keep=prompt.rows)
+        return Prefilled(out.logits[0], out.past_key_values)
+
+    @torch.inference_mode()
+    def answers(self, prompt: Prompt, prefilled: Prefilled) -> list[Score]:
+        """See :class:`Respondent`; dense attention over the cache, which is used up."""
+        logits, cache = prefilled.logits, prefilled.cache
+        dense = Dense()
+        n_inside = sum(len(r.probe.answer) for r in prompt.inside)
+        scores = score(logits[:n_inside], [r.probe for r in prompt.inside])
+        with switched(self.model.model, dense, dense=dense):
+            if prompt.end is not None:
+                # The prompt's last row predicts the first token, the cache the others.
+                rows = [logits[n_inside:]]
+                if rest := prompt.end.probe.answer[:-1]:
+                    rows.append(self._go_on(cache, rest, len(rest)))
+                scores += score(torch.cat(rows), [prompt.end.probe])
+                cache.crop(prompt.n_text - prompt.ids.shape[1])
+            for ready in prompt.after:
+                answer = ready.probe.answer
+                scores += score(
+                    self._go_on(cache, (*ready.before, *answer[:-1]), len(answer)), [ready.probe]
+                )
+        return scores
+
+    def _go_on(self, cache: Any, tokens: Sequence[int], keep: int) -> Tensor:
+        """Logits of the last ``keep`` of some tokens over the cache, which is left as it was."""
+        ids = torch.tensor([tokens], device=self.model.model.device)
+        out = self.model.model(
+            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep
+        )
+        cache.crop(-len(tokens))
+        logits: Tensor = out.logits[0]
+        return logits
+
+    def _fitted(self, index: int, length: int) -> tuple[Haystack, Tokens]:
+        """The haystack whose prompt has ``length`` tokens; a few less where a token is no byte."""
+        # The questions are the same at every length.
+        questions = plan(self.seed, index, length=ANY_BYTES, recipe=self.recipe).questions
+        end = next((q for q in questions if q.place == "end"), None)
+        rest = 0 if end is None else len(_tokens(end.prompt, end.answer, self.encoder)[0])
+        wanted = length - len(self.encoder.opening) - rest
+        if self.encoder.bytes_per_token:
+            return self._made(index, wanted)
+        n_bytes = 4 * wanted
+        for _ in range(8):
+            found, text = self._made(index, n_bytes)
+            if FILLED * wanted <= len(text.ids) <= wanted:
+                return found, text
+            n_bytes = int(n_bytes * (1 + FILLED) / 2 * wanted / len(text.ids))
+        raise UsageError(
+            f"cannot make a text of {wanted} tokens for {self.model.spec}: the last of 8 tries "
+            f"had {len(text.ids)} from {n_bytes} bytes; use another --filler or --context"
+        )
+
+    def _made(self, index: int, n_bytes: int) -> tuple[Haystack, Tokens]:
+        found = haystack(self.seed, index, length=n_bytes, filler=self.filler, recipe=self.recipe)
+        return found, self.encoder.encode(found.text.decode())
+
+
+def lay_out(
+    found: Haystack,
+    text: Tokens,
+    encoder: Encoder,
+    device: torch.device,
+) -> Prompt:
+    """Opening, text and end question as token ids, and every question ready to be asked.
+
+    Of several end questions the first is asked: a prompt has one end.
+    """
+    facts = {fact.id: fact for fact in found.facts}
+    shift = len(encoder.opening)
+
+    def spans(start: int, end: int) -> tuple[int, int]:
+        first, last = text.of(start, end)
+        return first + shift, last + shift
+
+    inside: list[Ready] = []
+    rows: list[int] = []
+    for question in (q for q in found.questions if q.place == "inside"):
+        assert question.answer_start is not None
+        end = question.answer_start + len(question.answer.encode())
+        first, last = text.of(question.answer_start, end)
+        answer = tuple(text.ids[first:last])
+        inside.append(Ready(question, (), _probe(question, facts[question.fact], answer, encoder)))
+        rows += range(first + shift - 1, last + shift - 1)
+    ends = (q for q in found.questions if q.place == "end")
+    at_end = next((_ready(q, facts[q.fact], encoder) for q in ends), None)
+    ids = [*encoder.opening, *text.ids, *(() if at_end is None else at_end.before)]
+    if at_end is not None or not rows:
+        rows.append(len(ids) - 1)
+    return Prompt(
+        haystack=found,
+        ids=torch.tensor([ids], device=device),
+        n_text=shift + len(text.ids),
+        rows=torch.tensor(rows, device=device),
+        inside=tuple(inside),
+        end=at_end,
+        after=tuple(
+            _ready(q, facts[q.fact], encoder) for q in found.questions if q.place == "after"
+        ),
+        spans=spans,
+    )
+
+
+def show(method: PrefillMethod, prompt: Prompt) -> None:
+    """Let a method that wants to know the prompt look at it, before it is prefilled."""
+    if isinstance(method, SeeingMethod):
+        method.see(prompt.haystack, prompt.spans)
+
+
+def _ready(question: Question, fact: Fact, encoder: Encoder) -> Ready:
+    before, answer = _tokens(question.prompt, question.answer, encoder)
+    return Ready(question, before, _probe(question, fact, answer, encoder))
+
+
+def _tokens(prompt: str, value: str, encoder: Encoder) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens of a question up to its answer, and of the answer.
+
+    A token that holds the space before the answer and its beginning belongs to the answer.
+    """
+    tokens = encoder.encode(prompt + value + ANSWER_END)
+    start = len(prompt.encode())
+    first, last = tokens.of(start, start + len(value.encode()))
+    return tuple(tokens.ids[:first]), tuple(tokens.ids[first:last])
+
+
+def _probe(question: Question, fact: Fact, answer: tuple[int, ...], encoder: Encoder) -> Probe:
+    """The answer's tokens beside its distractors': those in the text first, four that are not."""
+
+    def against(value: str) -> Rival | None:
+        return rival(answer, _tokens(question.prompt, value, encoder)[1])
+
+    in_text = len(question.distractors) - FRESH_DISTRACTORS
+    present = [r for value in question.distractors[:in_text] if (r := against(value))]
+    fresh = [r for value in question.distractors[in_text:] if (r := against(value))]
+    other = None
+    if fact.regime == "conflicting":
+        other = against(next(m.value for m in fact.mentions if m.value != fact.value))
+    return Probe(answer, tuple(present), tuple(fresh), other)
+
+
+FRESH_DISTRACTORS = 4
+"""Of a question's distractors the last four stand nowhere in the text."""

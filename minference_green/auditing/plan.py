@@ -1,0 +1,135 @@
+"""What an audit is asked to do, and what that means on a device."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from pydantic import Field
+
+from minference_green.corpus.kinds import KINDS
+from minference_green.errors import UsageError
+from minference_green.ledger import AuditPlan
+from minference_green.results import Record
+
+DENSE = "dense"
+
+HAYSTACKS = 120
+"""240 paired items of each kind and length with the default 28 questions."""
+
+THOROUGH_HAYSTACKS = 600
+
+QUICK_HAYSTACKS = 6
+
+CPU_NOISE_HAYSTACKS = 1
+"""A CPU computes in fp32, where rounding flips next to nothing, and all pairs cost it minutes."""
+
+FULL_RECIPE_TOKENS = 8 * 1024
+"""From here on a prompt has room for 28 questions even where a token is a byte; shorter ones
+are asked 14, among fewer other facts."""
+
+FRONTIER_BUDGETS = (0.25, 0.5, 1.0, 2.0)
+
+
+class AuditRequest(Record):
+    """Everything an audit was asked to do; stored in its header so that it can be resumed.
+
+    What is ``None``, ``auto`` or empty is decided by :func:`resolve` once the device is known.
+    """
+
+    model: str = "embedded"
+    methods: tuple[str, ...] = (DENSE, "minference")
+    options: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """Method name to option name to value, as typed."""
+    context_lengths: tuple[int, ...] = ()
+    haystacks: int | None = None
+    kinds: tuple[str, ...] = ()
+    """Kinds to ask about; empty: all."""
+    filler: str = "prose"
+    filler_sha256: str | None = None
+    quick: bool = False
+    thorough: bool = False
+    frontier: bool = False
+    margin_points: float = 2.0
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+    meter: str = "auto"
+    allow_shared: bool = False
+    allow_longer: bool = False
+    command: tuple[str, ...] = ()
+
+
+def resolve(request: AuditRequest, device_kind: str) -> AuditPlan:
+    """What a request means on a ``gpu`` or a ``cpu``.
+
+    A quick audit gives a first answer within a minute on a small CPU and can show only a large
+    loss. Raises ``UsageError`` for settings that contradict each other or name nothing.
+    """
+    gpu = device_kind == "gpu"
+    quick = request.quick or not (gpu or request.thorough or request.haystacks)
+    if request.quick and request.thorough:
+        raise UsageError("--quick and --thorough contradict each other; give one")
+    if request.haystacks is not None and (request.quick or request.thorough):
+        raise UsageError("--haystacks says how many; leave out --quick and --thorough")
+    haystacks = request.haystacks or (
+        THOROUGH_HAYSTACKS if request.thorough else QUICK_HAYSTACKS if quick else HAYSTACKS
+    )
+    if haystacks < 1:
+        raise UsageError(f"--haystacks {haystacks} must be 1 or more")
+    if not 0 < request.margin_points < 100:
+        raise UsageError(
+            f"--margin {request.margin_points:g} must be more than 0 and less than 100 points"
+        )
+    lengths = request.context_lengths or ((64 * 1024,) if gpu and not quick else (4 * 1024,))
+    short = min(lengths) < FULL_RECIPE_TOKENS
+    return AuditPlan(
+        context_lengths=tuple(sorted(set(lengths))),
+        haystacks=haystacks,
+        noise_haystacks=haystacks if gpu else min(haystacks, CPU_NOISE_HAYSTACKS),
+        inside=7 if short else 14,
+        after=7 if short else 14,
+        end=1,
+        competitors=1 if short else 3,
+        kinds=known_kinds(request.kinds),
+        filler=request.filler,
+        filler_sha256=request.filler_sha256,
+        seed=request.seed,
+        dtype=("bfloat16" if gpu else "float32") if request.dtype == "auto" else request.dtype,
+        margin_points=request.margin_points,
+        quick=quick,
+        budgets=FRONTIER_BUDGETS if request.frontier else (),
+    )
+
+
+def known_kinds(names: Sequence[str]) -> tuple[str, ...]:
+    """The kinds named, in their own order; all without a name.
+
+    Raises ``UsageError`` for an unknown one, with the nearest valid name.
+    """
+    for name in names:
+        if name not in KINDS:
+            near = get_close_matches(name, KINDS, 1)
+            meant = f"did you mean {near[0]!r}? " if near else ""
+            raise UsageError(f"--kinds {name!r} is not a kind; {meant}Kinds are {', '.join(KINDS)}")
+    return tuple(kind for kind in KINDS if not names or kind in names)
+
+
+def arms_asked(methods: Sequence[str]) -> tuple[str, ...]:
+    """The methods to run: dense first, added where it is missing."""
+    return (DENSE, *(name for name in methods if name != DENSE))
+
+
+def read_text(path: Path, option: str) -> str:
+    """The UTF-8 text of a file the user named with ``option``.
+
+    Raises ``UsageError`` for one that cannot be read or is in another encoding, with the byte.
+    """
+    try:
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise UsageError(f"{option} {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{option} {path} is not UTF-8 text: byte {error.object[error.start]:#04x} at offset "
+            f"{error.start} ({error.reason}); convert it, for example with iconv -t UTF-8"
+        ) from error

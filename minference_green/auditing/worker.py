@@ -1,0 +1,264 @@
+"""The process that holds the audited model: it asks, the parent meters and writes."""
+
+import hashlib
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minference_green.auditing.ask import ModelRespondent, Prompt, Respondent, show
+from minference_green.auditing.loop import Parent, Progress, ask_everything, skip
+from minference_green.auditing.plan import read_text
+from minference_green.channel import Channel, Message
+from minference_green.corpus.filler import FILLERS, OwnText
+from minference_green.corpus.recipe import Recipe
+from minference_green.errors import UsageError
+from minference_green.faithfulness import causal_lse, kept_mass, sampled_rows
+from minference_green.ledger import NOISE_FLOOR, AuditPlan, Computed
+from minference_green.methods.backend import synchronize
+from minference_green.methods.dense import Dense, free_bytes
+from minference_green.methods.method import PrefillMethod, ProfiledMethod
+from minference_green.methods.patterns import AShape
+from minference_green.methods.sparse import SparsePrefill
+from minference_green.model.loading import LoadedModel, load
+from minference_green.model.text import encoder
+from minference_green.results import Backends
+from minference_green.torch_device import free_memory
+from minference_green.worker import TimesBackends, identity, methods_by_name, work
+
+RECALL_ROWS = 256
+"""Rows per layer and head whose kept attention is looked at."""
+
+CACHE_SHARE = 0.25
+"""Of the free memory, what the caches of a group may take."""
+
+
+def main(read_fd: int, write_fd: int) -> int:
+    """Ask what the parent's plan says; the exit code is 0 unless the parent went away."""
+
+    def job(channel: Channel, task: Message, device: torch.device) -> None:
+        began = time.monotonic()
+        plan = AuditPlan.model_validate(task["plan"])
+        model = load(
+            task["model"],
+            device=device,
+            dtype=getattr(torch, plan.dtype),
+            seed=plan.seed,
+            allow_longer=task["allow_longer"],
+        )
+        methods = methods_by_name(task["methods"], task["options"], model)
+        serve(channel, task, plan, model, methods, began)
+
+    return work(read_fd, write_fd, job)
+
+
+def serve(
+    parent: Parent,
+    task: Message,
+    plan: AuditPlan,
+    model: LoadedModel,
+    methods: Mapping[str, PrefillMethod],
+    began: float,
+) -> None:
+    """Every question of the plan to every method, and the noise floor beside them.
+
+    ``began`` is the monotonic time at which loading began.
+    """
+    arms = {**methods, NOISE_FLOOR: noise_floor()}
+    reader = encoder(model)
+    respondent = ModelRespondent(
+        model=model,
+        encoder=reader,
+        seed=plan.seed,
+        filler=own_filler(plan),
+        recipe=Recipe(
+            inside=plan.inside,
+            after=plan.after,
+            end=plan.end,
+            kinds=plan.kinds,
+            competitors=plan.competitors,
+            token_bytes=reader.bytes_per_token or 4,
+        ),
+    )
+    # What cannot be asked ends the audit before it has a file.
+    for length in plan.context_lengths:
+        respondent.prompt(0, length)
+    parent.ask("loaded", **identity(model, arms))
+    device = model.model.device
+    parent.ask("spent", what="setup", start=began, end=time.monotonic())
+    done = Progress(
+        frozenset((n, i) for n, i in task["asked"]),
+        frozenset((n, i, m) for n, i, m in task["answered"]),
+    )
+    excluded = {(n, m) for n, m in task["excluded"]}
+    for length in plan.context_lengths:
+        wanted = {n: m for n, m in arms.items() if (length, n) not in excluded}
+        ready = _prepare(parent, task, respondent, wanted, length, model)
+        if ready is None:
+            continue
+        ask_everything(
+            parent,
+            respondent,
+            ready.arms,
+            length=length,
+            haystacks={
+                n: plan.noise_haystacks if n == NOISE_FLOOR else plan.haystacks for n in ready.arms
+            },
+            so_far=done,
+            seconds=ready.seconds,
+            prompts_in_memory=ready.prompts_in_memory,
+            device=device,
+        )
+        free_memory(device)
+
+
+def noise_floor() -> SparsePrefill:
+    """Every causal pair, through the kernels of the sparse methods: what it flips is rounding."""
+    everything = AShape(n_init=0, n_local=2**31 - 1)
+    return SparsePrefill(NOISE_FLOOR, everything, {"pairs": "all, by the sparse kernels"})
+
+
+def own_filler(plan: AuditPlan) -> str | OwnText:
+    """The filler that the plan names: one of the package's, or the text of a file.
+
+    Raises ``UsageError`` for a file that cannot be read, is not UTF-8 or has changed.
+    """
+    if plan.filler in FILLERS:
+        return plan.filler
+    content = read_text(Path(plan.filler), "--filler")
+    found = hashlib.sha256(content.encode()).hexdigest()
+    if found != plan.filler_sha256:
+        raise UsageError(
+            f"the filler {plan.filler} has changed since this audit was planned: sha256 "
+            f"{found[:16]}..., was {str(plan.filler_sha256)[:16]}...; restore it or start anew"
+        )
+    return OwnText(content)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """The arms that run at a length, and what a group of prompts may hold."""
+
+    arms: dict[str, PrefillMethod]
+    seconds: dict[str, float]
+    """Of one prefill."""
+    prompts_in_memory: int
+
+
+def _prepare(
+    parent: Parent,
+    task: Message,
+    respondent: ModelRespondent,
+    arms: Mapping[str, PrefillMethod],
+    length: int,
+    model: LoadedModel,
+) -> _Ready | None:
+    """Compile and time every arm once on the first haystack, and see what it computes."""
+    device = model.model.device
+    prompt = respondent.prompt(0, length)
+    told = {(c["context_length"], c["method"]): c for c in task["computed"]}
+    ready = _Ready({}, {}, 1)
+    cache_bytes = 0
+    for name, method in arms.items():
+        parent.ask("cell", step="preparing", context_length=length, method=name)
+        try:
+            # On a CPU PyTorch has one kernel worth the name, and the other takes minutes to time.
+            if isinstance(method, Dense) and method.backend is None and device.type == "cuda":
+                method = _fastest(parent, task, respondent, prompt, length)
+            seeing = _Watched(method) if (length, name) not in told else method
+            began = time.monotonic()
+            show(method, prompt)
+            left = respondent.prefill(prompt, seeing)
+            if device.type == "cuda":  # where the first call compiles
+                del left
+                began = time.monotonic()
+                left = respondent.prefill(prompt, method)
+            synchronize(device)
+            ready.seconds[name] = time.monotonic() - began
+            cache_bytes = _bytes_of(left.cache)
+            del left
+        except torch.OutOfMemoryError as error:
+            skip(parent, length, name, error)
+            continue
+        free_memory(device)
+        ready.arms[name] = method
+        if isinstance(seeing, _Watched):
+            record = seeing.record(length, name)
+            parent.ask("record", record=record.model_dump(mode="json"))
+    if not ready.arms:
+        return None
+    room = int(CACHE_SHARE * free_bytes(device)) // max(1, cache_bytes)
+    return _Ready(ready.arms, ready.seconds, max(1, room))
+
+
+def _fastest(
+    parent: Parent, task: Message, respondent: Respondent, prompt: Prompt, length: int
+) -> Dense:
+    """The fastest dense kernel at this length: the one on file, or the fastest now."""
+    if chosen := task["backends"].get(str(length)):
+        return Dense(chosen)
+    probe = TimesBackends()
+    respondent.prefill(prompt, probe)
+    assert probe.timings is not None
+    record = Backends(
+        block=0,
+        context_length=length,
+        dtype=task["plan"]["dtype"],
+        seconds=probe.timings.seconds,
+        reasons=probe.timings.reasons,
+        chosen=probe.timings.fastest,
+    )
+    parent.ask("record", record=record.model_dump(mode="json"))
+    return Dense(probe.timings.fastest)
+
+
+class _Watched:
+    """A method that also notes how much it computes and which attention it keeps."""
+
+    def __init__(self, method: PrefillMethod) -> None:
+        self._method = method
+        self.name, self.parameters = method.name, method.parameters
+        self._density: dict[int, tuple[float, ...]] = {}
+        self._recall: list[Tensor] = []
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> Tensor:
+        """As the method does it."""
+        if not isinstance(self._method, ProfiledMethod):
+            return self._method.attend(q, k, v, scale=scale, layer=layer)
+        profile = self._method.profile(q, k, v, scale=scale, layer=layer)
+        self._density[layer] = tuple(profile.density.tolist())
+        if profile.lse is not None:
+            rows = sampled_rows(q.shape[2], RECALL_ROWS)
+            at = rows.to(q.device)
+            dense = causal_lse(q.index_select(2, at), k, rows, scale=scale)
+            kept = kept_mass(profile.lse.index_select(2, at), dense)
+            self._recall.append(kept.double().mean((0, 2)).cpu())
+        return profile.out
+
+    def record(self, length: int, name: str) -> Computed:
+        """What was noted of one prefill."""
+        by_layer = tuple(self._density[layer] for layer in sorted(self._density))
+        heads = torch.cat(self._recall) if self._recall else None
+        return Computed(
+            context_length=length,
+            method=name,
+            density=fmean(d for layer in by_layer for d in layer) if by_layer else None,
+            density_by_layer=by_layer,
+            recall=None if heads is None else float(heads.mean()),
+            recall_worst_head=None if heads is None else float(heads.min()),
+        )
+
+
+def _bytes_of(cache: Any) -> int:
+    """Memory of a cache's keys and values."""
+    return sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

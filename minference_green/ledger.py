@@ -1,0 +1,311 @@
+"""An audit as plain data: what was asked, what each method answered, what it cost.
+
+An audit is one file, ``audit.jsonl``: a header line, then one line per finished step, each on
+disk before the next step begins. Nothing else is stored; every figure of a report is a
+function of these records.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from minference_green.errors import NotComparableError, UsageError
+from minference_green.results import (
+    Backends,
+    DeviceState,
+    Fingerprint,
+    MethodSpec,
+    Note,
+    Reading,
+    Record,
+    Seal,
+    SealError,
+    Skip,
+    headline_joules,
+)
+
+SCHEMA = "1.0"
+"""Major and minor version of the file format."""
+
+FILE_NAME = "audit.jsonl"
+
+NOISE_FLOOR = "noise-floor"
+"""The arm that computes every pair, through the sparse methods' kernels: what it flips is
+rounding."""
+
+
+class AuditPlan(Record):
+    """What an audit asks of every arm."""
+
+    context_lengths: tuple[int, ...]
+    """Tokens of a prompt, the model's first token and an end question among them."""
+    haystacks: int
+    noise_haystacks: int
+    """Of them, those that the noise floor is asked about."""
+    inside: int
+    after: int
+    end: int
+    """Questions of a haystack by their place, and with ``competitors`` the unasked facts of each
+    kind."""
+    competitors: int
+    kinds: tuple[str, ...]
+    filler: str
+    """``prose``, ``records``, ``code`` or the path of a text file."""
+    filler_sha256: str | None = None
+    seed: int
+    dtype: str
+    margin_points: float
+    """A loss of this many percentage points is the least that matters."""
+    quick: bool
+    budgets: tuple[float, ...] = ()
+    """Multiples of each sparse method's budgets that are arms of their own; empty: as given."""
+
+
+class AuditHeader(Record):
+    """First line of an audit file."""
+
+    event: Literal["header"] = "header"
+    schema_version: str = SCHEMA
+    audit_id: str
+    created_at: str
+    version: str
+    command: tuple[str, ...]
+    fingerprint: Fingerprint
+    methods: tuple[MethodSpec, ...]
+    """In the order asked for; the first is dense, the reference of every comparison."""
+    plan: AuditPlan
+    energy: str
+    """In words: how energy is obtained on this machine."""
+    request: dict[str, Any]
+    """What the audit was asked to do, as needed to resume it."""
+
+
+class AskedQuestion(Record):
+    """One question and what may explain how it fares."""
+
+    question: int
+    fact: int
+    kind: str
+    place: str
+    """``inside`` the prompt, at its ``end``, or ``after`` it, over its cache."""
+    depth: float
+    """Where the fact stands, as a share of the text."""
+    regime: str
+    neighbour: str
+    hops: int
+    mentions: int
+    answer_bytes: int
+    answer_tokens: int
+
+
+class Asked(Record):
+    """One haystack at one length: every question that each arm answers."""
+
+    event: Literal["asked"] = "asked"
+    context_length: int
+    haystack: int
+    tokens: int
+    text_sha256: str
+    questions: tuple[AskedQuestion, ...]
+
+
+class Answered(Record):
+    """What one arm answered to the questions of one haystack, in their order.
+
+    An answer is right when each of its tokens is the most likely one after those before it,
+    which is what greedy decoding would write. Log-probabilities are in nats.
+    """
+
+    event: Literal["answered"] = "answered"
+    context_length: int
+    haystack: int
+    method: str
+    first_right: tuple[bool, ...]
+    """Of the first token alone: the one that a prompt's row, not a decoded one, produces."""
+    rest_right: tuple[bool | None, ...]
+    """Of all tokens after the first, given the right first; null for an answer of one token."""
+    logprob: tuple[float, ...]
+    """Of the whole answer."""
+    first_logprob: tuple[float, ...]
+    margin: tuple[float | None, ...]
+    """Log-probability of the answer's token less that of a wrong value from the text, where the
+    two first differ; the least over those values. Null where there is none."""
+    fresh_margin: tuple[float | None, ...]
+    """The same over values that stand nowhere in the text."""
+    preference: tuple[float | None, ...]
+    """Of two conflicting statements: log-odds of the first against the last, where they first
+    differ; null for other facts."""
+
+    @property
+    def right(self) -> tuple[bool, ...]:
+        """Whether each whole answer is right."""
+        return tuple(
+            first and rest is not False
+            for first, rest in zip(self.first_right, self.rest_right, strict=True)
+        )
+
+
+class Computed(Record):
+    """How much of dense attention an arm computes and keeps; on the first haystack, unmetered."""
+
+    event: Literal["computed"] = "computed"
+    context_length: int
+    method: str
+    density: float | None
+    """Mean over layers and heads of visible over causal pairs; null if the method does not tell."""
+    density_by_layer: tuple[tuple[float, ...], ...] = ()
+    """Per served layer and query head."""
+    recall: float | None = None
+    """Share of dense attention mass kept: mean over layers, heads and sampled rows; null if the
+    method does not tell."""
+    recall_worst_head: float | None = None
+
+
+class Spent(Record):
+    """Energy and time of one stretch of the audit."""
+
+    event: Literal["spent"] = "spent"
+    what: Literal["setup", "prefill", "questions"]
+    """Loading and warming up; prefills of some haystacks and nothing else; the questions asked
+    over their caches, with the scoring."""
+    context_length: int | None = None
+    method: str | None = None
+    prompts: int = 0
+    tokens: int = 0
+    """Prompt tokens prefilled; 0 for other stretches."""
+    start_seconds: float
+    """Monotonic clock, as ``end_seconds``."""
+    end_seconds: float
+    readings: tuple[Reading, ...]
+    before: tuple[DeviceState, ...] = ()
+    after: tuple[DeviceState, ...] = ()
+    valid: bool = True
+    reasons: tuple[str, ...] = ()
+    """Why it is invalid, or marked."""
+
+    @property
+    def seconds(self) -> float:
+        """Duration in seconds."""
+        return self.end_seconds - self.start_seconds
+
+    @property
+    def joules(self) -> float | None:
+        """Headline joules summed over devices; null if any device's is null."""
+        return headline_joules(self.readings)
+
+    @property
+    def obtained(self) -> str:
+        """How the headline joules were obtained."""
+        return "+".join(sorted({r.obtained for r in self.readings if r.headline})) or "none"
+
+
+Event = Annotated[
+    AuditHeader | Asked | Answered | Spent | Backends | Computed | Skip | Note | Seal,
+    Field(discriminator="event"),
+]
+EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+class Audit(Record):
+    """An audit file in memory."""
+
+    header: AuditHeader
+    events: tuple[Event, ...]
+    cut: bool = False
+    """The last line was cut short (a killed process, a full disk) and was left out."""
+
+    def of(self, kind: type[Any]) -> Iterator[Any]:
+        """Events of one record type, in file order."""
+        return (e for e in self.events if isinstance(e, kind))
+
+    @property
+    def answers_planned(self) -> int:
+        """Haystacks of every arm at every length, less what could not be run."""
+        plan, skipped = self.header.plan, self._skipped
+        return sum(
+            plan.noise_haystacks if method.name == NOISE_FLOOR else plan.haystacks
+            for length in plan.context_lengths
+            for method in self.header.methods
+            if (length, method.name) not in skipped
+        )
+
+    @property
+    def answers_done(self) -> int:
+        """Answers on file, of arms that were not given up."""
+        skipped = self._skipped
+        return sum((a.context_length, a.method) not in skipped for a in self.of(Answered))
+
+    @property
+    def _skipped(self) -> set[tuple[int, str]]:
+        return {(s.context_length, s.method) for s in self.of(Skip)}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every arm that could run has answered every haystack."""
+        return self.answers_done >= self.answers_planned
+
+
+def audit_file(path: Path) -> Path:
+    """The audit file that ``path`` means: itself, or the ``audit.jsonl`` inside a directory."""
+    return path / FILE_NAME if path.is_dir() else path
+
+
+def load_audit(path: Path) -> Audit:
+    """Read an audit from its file or directory.
+
+    A last line cut short is left out and marked in ``Audit.cut``; damage anywhere else is an
+    error. Raises ``UsageError`` naming file, line and what is wrong, ``SealError`` for a file
+    that is not what was sealed, ``NotComparableError`` for another schema.
+    """
+    file = audit_file(path)
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read audit {file}: {error.strerror}") from error
+    *lines, rest = raw.split(b"\n")
+    events: list[Event] = []
+    digest = hashlib.sha256()
+    for number, line in enumerate(lines, 1):
+        event = _parse(line, file, number)
+        if isinstance(event, Seal) and event.sha256 != digest.hexdigest():
+            raise SealError(
+                f"{file} was changed after it was sealed (line {number} seals other bytes than "
+                "those before it); its figures cannot be trusted: restore it, or audit again"
+            )
+        digest.update(line + b"\n")
+        events.append(event)
+    if not events or not isinstance(events[0], AuditHeader):
+        raise UsageError(
+            f"{file} holds no complete header line, so there is nothing to read; "
+            "give a directory or an audit.jsonl written by green-bench audit"
+        )
+    return Audit(header=events[0], events=tuple(events[1:]), cut=rest != b"")
+
+
+def _parse(line: bytes, file: Path, number: int) -> Event:
+    try:
+        data = json.loads(line)
+    except ValueError as error:
+        raise UsageError(
+            f"{file} line {number} is not JSON ({error}); the file was damaged or edited: "
+            "restore it, or delete from that line on and resume the audit"
+        ) from error
+    if isinstance(data, dict) and data.get("event") == "header":
+        found = str(data.get("schema_version"))
+        if found.split(".")[0] != SCHEMA.split(".")[0]:
+            raise NotComparableError(
+                f"{file} has schema {found}, this version reads {SCHEMA.split('.')[0]}.x; "
+                "read it with the green-bench version that wrote it"
+            )
+    try:
+        return EVENT.validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(
+            f"{file} line {number} is not a record of an audit: {where}: {first['msg']}"
+        ) from error
