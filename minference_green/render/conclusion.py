@@ -1,6 +1,6 @@
 """What a run showed, in plain words, built from measured values alone."""
 
-from minference_green.render.numbers import percent, significant
+from minference_green.render.numbers import fraction, percent, significant
 from minference_green.results import Run
 from minference_green.stats import (
     BreakEven,
@@ -11,6 +11,7 @@ from minference_green.stats import (
     comparisons,
     density,
     method_names,
+    observations,
 )
 from minference_green.workload import format_length
 
@@ -41,7 +42,25 @@ def _of_method(run: Run, method: str, reference: str) -> str:
         f"{_time(longest)}, at density {significant(kept.value, 2)} "
         f"({_provenance(run, longest)})."
     )
-    return " ".join([sentence, *_break_even(break_even(run, method))])
+    lost = _lost(run, longest.context_length, method)
+    return " ".join([sentence, *lost, *_break_even(break_even(run, method))])
+
+
+def _lost(run: Run, length: int, method: str) -> tuple[str, ...]:
+    """The output's loss in one sentence; nothing for a run from before it was observed."""
+    found = [o.faithfulness for o in observations(run, length, method) if o.faithfulness]
+    if not found:
+        return ()
+    lost = found[0]
+    recall = (
+        f"recall {fraction(lost.recall.mean)} mean / {fraction(lost.recall.worst_head)} worst head"
+        if lost.recall
+        else "recall not known"
+    )
+    return (
+        f"Its output there: top-1 agreement {100 * lost.prompt.top1_agreement:.1f} %, "
+        f"KL {significant(lost.prompt.kl_nats, 2)} nats, {recall}.",
+    )
 
 
 def _energy(comparison: Comparison) -> str:

@@ -5,7 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minference_green.render.conclusion import conclusion
-from minference_green.render.numbers import ABSENT, closure, factor, figure, percent, significant
+from minference_green.render.numbers import (
+    ABSENT,
+    closure,
+    factor,
+    figure,
+    fraction,
+    percent,
+    significant,
+)
 from minference_green.render.rows import Row, doubts, facts, rows
 from minference_green.results import Run
 from minference_green.stats import Estimate, breakdowns, decode_cells, method_names
@@ -39,6 +47,7 @@ def document(run: Run, directory: Path | None = None) -> Document:
     sheets = [_cost(run, found, notes)]
     if len(method_names(run)) > 1:
         sheets += [_savings(run, found, notes), _losses(run, found, notes)]
+        sheets += _faithfulness(run, found, notes)
     sheets += _decode(run, notes)
     sheets += _breakdown(run)
     sheets.append(_evidence(found))
@@ -213,6 +222,54 @@ def _losses(run: Run, found: tuple[Row, ...], notes: _Footnotes) -> Sheet:
             for row in found
             if row.against_reference
         ),
+    )
+
+
+def _faithfulness(run: Run, found: tuple[Row, ...], notes: _Footnotes) -> list[Sheet]:
+    """Nothing for a run from before it was observed."""
+    shown = [r for r in found if r.faithfulness or r.faithfulness_reason]
+    if not shown:
+        return []
+    return [
+        Sheet(
+            f"Faithfulness to {method_names(run)[0]}: how far next-token distributions are "
+            "(KL, in nats) over the prompt, past the rows that see all keys, and in its last 64 "
+            "positions; attention mass kept (recall) on the reference's queries and keys, and on "
+            "the arm's own (in situ); error of the worst layer's attention output; lowest cosine "
+            "between residual streams",
+            (
+                "Context",
+                "Method",
+                "KL",
+                "KL past",
+                "KL last 64",
+                "NLL change",
+                "Recall",
+                "Worst head",
+                "In situ",
+                "Output error",
+                "Cosine",
+            ),
+            tuple((*_key(row), *_faithful(row, notes)) for row in shown),
+        )
+    ]
+
+
+def _faithful(row: Row, notes: _Footnotes) -> tuple[str, ...]:
+    lost = row.faithfulness
+    if lost is None:
+        return (notes.mark(ABSENT, row.faithfulness_reason), *[ABSENT] * 8)
+    beyond, recall, in_situ = lost.beyond_whole_rows, lost.recall, lost.recall_in_situ
+    return (
+        significant(lost.prompt.kl_nats, 2),
+        significant(beyond.kl_nats if beyond else None, 2),
+        significant(lost.last_rows.kl_nats, 2),
+        significant(lost.prompt.nll_change_nats, 2),
+        notes.mark(fraction(recall.mean if recall else None), lost.recall_reason),
+        fraction(recall.worst_head if recall else None),
+        fraction(in_situ.mean if in_situ else None),
+        f"{100 * max(lost.output_error):.1f} %",
+        fraction(min(lost.residual_cosine)),
     )
 
 

@@ -24,6 +24,20 @@ Value = str | int | float | bool | None
 _COSTS = tuple(f.name for f in fields(Cell) if f.type is Estimate)
 _SAVINGS = tuple(f.name for f in fields(Comparison) if f.type is Estimate)
 
+_LOST = (
+    "kl_nats",
+    "kl_nats_past_whole_rows",
+    "kl_nats_last_rows",
+    "js_nats",
+    "nll_change_nats",
+    "recall",
+    "recall_worst_head",
+    "recall_in_situ",
+    "output_error_worst_layer",
+    "residual_cosine_lowest_layer",
+    "faithfulness_reason",
+)
+
 
 def records(run: Run) -> list[dict[str, Value]]:
     """One flat record per cell; the unit is in each name, null is ``None`` with its reason.
@@ -64,6 +78,7 @@ def _record(run: Run, row: Row) -> dict[str, Value]:
         "logits_relative_error": row.logits_relative_error,
         "top1_agreement": row.top1_agreement,
         "sampled_positions": row.sampled_positions,
+        **_lost(row),
         "blocks": cell.seconds_per_mtok.blocks,
         "windows_used": cell.windows_used,
         "windows_invalid": cell.windows_invalid,
@@ -73,6 +88,28 @@ def _record(run: Run, row: Row) -> dict[str, Value]:
         "grid_assumed": factor.assumed,
         "pue": header.carbon.pue,
     }
+
+
+def _lost(row: Row) -> dict[str, Value]:
+    """Faithfulness in a few figures; every layer's are in the JSON report."""
+    lost = row.faithfulness
+    if lost is None:
+        return {**dict.fromkeys(_LOST), "faithfulness_reason": row.faithfulness_reason}
+    beyond, recall, in_situ = lost.beyond_whole_rows, lost.recall, lost.recall_in_situ
+    figures = (
+        lost.prompt.kl_nats,
+        beyond.kl_nats if beyond else None,
+        lost.last_rows.kl_nats,
+        lost.prompt.js_nats,
+        lost.prompt.nll_change_nats,
+        recall.mean if recall else None,
+        recall.worst_head if recall else None,
+        in_situ.mean if in_situ else None,
+        max(lost.output_error),
+        min(lost.residual_cosine),
+        lost.recall_reason,
+    )
+    return dict(zip(_LOST, figures, strict=True))
 
 
 def _flat(name: str, estimate: Estimate) -> dict[str, Value]:
@@ -103,6 +140,15 @@ def as_json(run: Run, directory: Path | None = None) -> str:
         "cut": run.cut,
         "doubts": doubts(run, directory),
         "cells": records(run),
+        "faithfulness": [
+            {
+                "context_length_tokens": row.cell.context_length,
+                "method": row.cell.method,
+                **row.faithfulness.model_dump(mode="json"),
+            }
+            for row in rows(run)
+            if row.faithfulness
+        ],
         "decode": [asdict(cell) for cell in decode_cells(run)],
         "breakdown": [{**asdict(b), "closure": b.closure} for b in breakdowns(run)],
         "break_even": crossings,

@@ -63,6 +63,14 @@ def significant(value: float | None, digits: int) -> str:
     return _plain(value, digits - 1 - math.floor(math.log10(abs(value))))
 
 
+def fraction(value: float | None) -> str:
+    """A share of one, with two digits of what it lacks: ``0.71``, ``0.99960``."""
+    if value is None:
+        return ABSENT
+    missing = abs(1 - value)
+    return _plain(value, 2 if missing >= 0.1 else min(6, 1 - math.floor(math.log10(missing or 1))))
+
+
 def _rounded(value: float, half_width: float) -> str:
     if value == 0 or half_width == 0:
         return significant(value, BARE_DIGITS)

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from minference_green.render.numbers import significant
-from minference_green.results import Backends, Decision, Note, Observation, Run, Skip
+from minference_green.results import Backends, Decision, Faithfulness, Note, Observation, Run, Skip
 from minference_green.stats import (
     Cell,
     Comparison,
@@ -33,6 +33,10 @@ class Row:
     """Of the last position, against the reference arm; mean over the observations."""
     top1_agreement: float | None
     sampled_positions: int
+    faithfulness: Faithfulness | None
+    """What its attention and output lost; of the first observation that tells."""
+    faithfulness_reason: str | None
+    """Why that is null; null itself for the reference, and where nobody looked."""
 
 
 def rows(run: Run) -> tuple[Row, ...]:
@@ -54,6 +58,10 @@ def _row(run: Run, cell: Cell, comparison: Comparison | None) -> Row:
         logits_relative_error=fmean(errors) if errors else None,
         top1_agreement=fmean(agreements) if agreements else None,
         sampled_positions=max((o.sampled_positions for o in seen), default=0),
+        faithfulness=next((o.faithfulness for o in seen if o.faithfulness), None),
+        faithfulness_reason=next(
+            (o.faithfulness_reason for o in seen if o.faithfulness_reason), None
+        ),
     )
 
 
