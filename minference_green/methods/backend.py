@@ -1,15 +1,18 @@
 """The one place that chooses between the Triton kernels and the CPU path."""
 
 import importlib.util
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from minference_green.errors import UsageError
 from minference_green.kernels import cpu, selection
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,15 @@ def _triton_kernels() -> Kernels:
         band_attention=vertical_slash.band_attention,
         block_attention=block_sparse.block_attention,
     )
+
+
+def timed(device: torch.device, step: Callable[[], T]) -> tuple[T, float]:
+    """What a step returns, and its seconds between synchronisations."""
+    synchronize(device)
+    began = time.perf_counter()
+    result = step()
+    synchronize(device)
+    return result, time.perf_counter() - began
 
 
 def synchronize(device: torch.device) -> None:

@@ -24,6 +24,7 @@ from minference_green.methods.patterns import (
     VerticalSlash,
 )
 from minference_green.methods.sparse import SparsePrefill, uniform
+from minference_green.methods.yardstick import YARDSTICKS, yardstick
 
 T = TypeVar("T")
 
@@ -34,7 +35,7 @@ UNIFORM: dict[str, Callable[..., HeadPattern]] = {
 }
 """Methods that give every head one pattern; the pattern's fields are the options."""
 
-NAMES = ("dense", "minference", "auto", "spread", *UNIFORM, "dense-again")
+NAMES = ("dense", "minference", "auto", "spread", *UNIFORM, "dense-again", *YARDSTICKS)
 """Methods that come with the package."""
 
 
@@ -86,6 +87,15 @@ def method_from_name(
             return _spread(budgets, Estimator(rows, last, normalise, skip_forced=True))
 
         return _build(spread, options, name)
+    if name in YARDSTICKS:
+
+        def drawn(density: float, seed: int = 0) -> PrefillMethod:
+            return yardstick(name, density, seed)
+
+        def best(density: float) -> PrefillMethod:
+            return yardstick(name, density)
+
+        return _build(drawn if name == "random" else best, options, name)
     if name in UNIFORM:
         return uniform(name, _build(UNIFORM[name], options, name))
     raise UsageError(

@@ -4,11 +4,10 @@ One engine serves every method made of head patterns. A uniform method gives all
 same pattern; MInference gives each layer and head its own.
 """
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from minference_green.kernels.selection import (
     join_bands,
     to_device,
 )
-from minference_green.methods.backend import Kernels, kernels_for, synchronize
+from minference_green.methods.backend import Kernels, kernels_for, timed
 from minference_green.methods.estimator import LAST_ROWS, Estimator
 from minference_green.methods.method import LayerProfile, Parts
 from minference_green.methods.patterns import (
@@ -32,8 +31,6 @@ from minference_green.methods.patterns import (
     Patterns,
     VerticalSlash,
 )
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,10 +60,10 @@ class SparsePrefill:
         """As :meth:`attend`, each step timed between synchronisations, with its account."""
         with self._as_usage_error():
             work = self._layer(q, k, v, scale, layer)
-            scores, estimate_seconds = _timed(q.device, work.estimate)
-            indices, index_seconds = _timed(q.device, lambda: work.index(scores))
+            scores, estimate_seconds = timed(q.device, work.estimate)
+            indices, index_seconds = timed(q.device, lambda: work.index(scores))
             lse = work.empty_lse()
-            out, attend_seconds = _timed(q.device, lambda: work.attend(indices, lse))
+            out, attend_seconds = timed(q.device, lambda: work.attend(indices, lse))
         density = torch.zeros(q.shape[1], dtype=torch.float64)
         for index in indices:
             density[index.heads.cpu().long()] = index.density(q.shape[2]).mean(0).cpu()
@@ -246,11 +243,3 @@ class _Layer:
 
     def _heads(self, group: Mapping[int, HeadPattern]) -> Tensor:
         return to_device(list(group), self.q.device)
-
-
-def _timed(device: torch.device, step: Callable[[], T]) -> tuple[T, float]:
-    synchronize(device)
-    began = time.perf_counter()
-    result = step()
-    synchronize(device)
-    return result, time.perf_counter() - began

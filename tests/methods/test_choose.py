@@ -16,6 +16,7 @@ from minference_green.methods.estimator import Estimator
 from minference_green.methods.method import PrefillMethod, ProfiledMethod
 from minference_green.methods.patterns import AShape, BlockSparse, VerticalSlash
 from minference_green.methods.sparse import SparsePrefill
+from minference_green.methods.yardstick import YARDSTICKS, KeyOracle, TileYardstick
 
 
 def patterns_of(method: PrefillMethod) -> Any:
@@ -25,7 +26,7 @@ def patterns_of(method: PrefillMethod) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_gives_a_profiled_method_whose_parameters_are_json(name: str) -> None:
-    method = method_from_name(name, {})
+    method = method_from_name(name, {"density": "0.25"} if name in YARDSTICKS else {})
     assert isinstance(method, ProfiledMethod)
     assert method.name == name
     assert json.loads(json.dumps(dict(method.parameters))) == method.parameters
@@ -39,23 +40,26 @@ def test_options_set_the_fields_of_the_pattern() -> None:
     assert patterns_of(method_from_name("block-sparse", {"top_k": "7"})) == BlockSparse(7)
     assert method_from_name("dense", {"backend": "math"}) == Dense("math")
     assert method_from_name("dense", {}) == Dense(None)
+    assert method_from_name("oracle", {"density": "0.5"}) == TileYardstick("oracle", 0.5)
+    drawn = {"density": "0.5", "seed": "3"}
+    assert method_from_name("random", drawn) == TileYardstick("random", 0.5, 3)
+    assert method_from_name("oracle-keys", {"density": "1"}) == KeyOracle(1.0)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "match"),
     [
-        (
-            "fast",
-            {},
-            "'fast' is not a method; choose from dense, minference, spread, vertical-slash",
-        ),
-        ("auto", {}, "'auto' is not a method"),
+        ("fast", {}, "'fast' is not a method; choose from dense, minference, auto, spread, v"),
         ("a-shape", {"top_k": "1"}, "no option 'top_k'; its options are n_init, n_local"),
         ("minference", {"file": "x"}, "no option 'file'; its options are pattern_file"),
         ("a-shape", {"n_init": "many"}, "n_init must be a whole number, got 'many'"),
         ("a-shape", {"n_init": "1.5"}, "n_init must be a whole number, got '1.5'"),
         ("a-shape", {"n_local": "0"}, "n_local must be at least 1"),
         ("dense", {"backend": "flesh"}, "'flesh' is not a dense backend"),
+        ("oracle", {}, "oracle needs the option density=VALUE"),
+        ("oracle", {"density": "0.1", "seed": "1"}, "no option 'seed'; its options are density"),
+        ("random", {"density": "0"}, r"density must be above 0 and at most 1, got 0\.0"),
+        ("oracle-keys", {"density": "1.5"}, r"above 0 and at most 1, got 1\.5"),
         ("spread", {"rows": "65"}, "rows must be between 1 and 64, got 65"),
         ("spread", {"rows": "0"}, "rows must be between 1 and 64, got 0"),
         ("spread", {"last": "0"}, "last must be between 1 and rows = 64, got 0"),
