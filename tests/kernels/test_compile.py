@@ -20,12 +20,13 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
 )
 
-HOPPER, AMPERE = 90, 80
+BLACKWELL, HOPPER, AMPERE = 100, 90, 80
 CPU = torch.device("cpu")
 
 # Per multiprocessor of either: 64 Ki registers; shared memory, 1 KiB of it per program reserved.
 REGISTERS = 2**16
-SHARED_BYTES = {HOPPER: 228 * 1024, AMPERE: 164 * 1024}
+SHARED_BYTES = {BLACKWELL: 228 * 1024, HOPPER: 228 * 1024, AMPERE: 164 * 1024}
+TENSOR_CORES = {BLACKWELL: "UTCHMMA", HOPPER: "HGMMA", AMPERE: "HMMA"}
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,15 @@ def sizes(head_dim: int, **more: Any) -> dict[str, Any]:
 
 
 def uses_tensor_cores(sass: str, capability: int) -> bool:
-    return ("HGMMA" if capability == HOPPER else "HMMA") in sass
+    return TENSOR_CORES[capability] in sass
 
 
-@pytest.mark.parametrize("capability", [HOPPER, AMPERE], ids=["hopper", "ampere"])
+each_capability = pytest.mark.parametrize(
+    "capability", [BLACKWELL, HOPPER, AMPERE], ids=["blackwell", "hopper", "ampere"]
+)
+
+
+@each_capability
 @pytest.mark.parametrize("name", ["band", "block"])
 def test_attention_runs_two_programs_on_a_multiprocessor_without_spills(name, capability, tmp_path):
     from minference_green.kernels import block_sparse, vertical_slash
@@ -156,6 +162,7 @@ def test_attention_of_the_largest_head_dimension_fits(tmp_path):
     assert uses_tensor_cores(got.sass, HOPPER)
 
 
+# On sm_100 two of them spill, 42 and 205 times; they have not run there.
 @pytest.mark.parametrize("capability", [HOPPER, AMPERE], ids=["hopper", "ampere"])
 @pytest.mark.parametrize("name", ["row_mass", "last_mass", "any_mass"])
 def test_estimators_do_not_spill(name, capability, tmp_path):
