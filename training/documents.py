@@ -28,7 +28,8 @@ from minference_green.corpus.language import ANSWER_END, Key
 
 BOS = 256
 NEAR_DUPLICATE = 0.2
-"""Share of facts whose key differs from an earlier one in one word only."""
+"""Share of facts whose key differs from an earlier one of its kind in one word only: many similar
+keys are what such a model fails at."""
 
 SAME_ENTITY = 0.1
 UPDATED = 0.1
@@ -36,7 +37,10 @@ SHARED_FILLER = 4096
 """Length from which a text has filler of its own."""
 
 REPEATED = 0.1
-ALIASED = 0.12
+ALIASED = 0.25
+ALIAS_FIRST = 0.06
+CODED = 0.06
+CODE_LENGTH = 3
 FAMILIES = (
     ("facts", 0.62),
     ("lists", 0.15),
@@ -80,10 +84,14 @@ class _Text:
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids and which of them answer something, both ``[length]``; the first is BOS."""
+    """Token ids, the first of them BOS, and what they answer, both ``[length]``.
+
+    ``answer`` is 0 for text, 1 for the first byte of an answer, which says where the model
+    looked, and 2 for its other bytes.
+    """
 
     ids: NDArray[np.int16]
-    answer: NDArray[np.bool_]
+    answer: NDArray[np.int8]
 
 
 def document(seed: int, index: int, length: int) -> Document:
@@ -94,9 +102,10 @@ def document(seed: int, index: int, length: int) -> Document:
     ids = np.empty(length, np.int16)
     ids[0] = BOS
     ids[1:] = np.frombuffer(bytes(text.bytes[: length - 1]), np.uint8)
-    answer = np.zeros(length, np.bool_)
+    answer = np.zeros(length, np.int8)
     for start, end in text.answers:
-        answer[1 + start : 1 + end] = True
+        answer[1 + start : 1 + end] = 2
+        answer[1 + start : 2 + start] = 1
     return Document(ids, answer)
 
 
@@ -106,7 +115,8 @@ class _Writer:
     def __init__(self, draws: Draws, text: _Text) -> None:
         self.draws, self.text = draws, text
         self.known: list[_Known] = []
-        self.keys: list[Key] = []
+        self.keys: list[tuple[str, Key]] = []
+        self.taken: set[tuple[str, Key]] = set()
         self.entries: list[tuple[str, str]] = []
         self.legend: list[tuple[str, str]] = []
         names = ("prose", "prose", "records", "code")
@@ -160,44 +170,65 @@ class _Writer:
             self._ask()
 
     def _state(self) -> None:
+        """A fact; at times another said again, replaced, or given a second name."""
         draws, text = self.draws, self.text
-        kind = draws.pick(KINDS)
-        fresh = self._key(kind)
-        said = value(kind, draws)
-        form = language.paraphrase if draws.chance(0.3) else language.statement
-        text.add(form(kind, fresh) + said + language.ending(kind))
-        if self.known and draws.chance(REPEATED):
+        kind, key = self._key()
+        fact = _Known(kind, key, value(kind, draws))
+        if draws.chance(ALIAS_FIRST):
+            self._alias(fact)
+            self._breathe()
+        self._say(fact)
+        self.known.append(fact)
+        if len(key.entity) == CODE_LENGTH:
+            # A code stands for others: what it is filed under is asked by their names.
+            for _ in range(draws.between(1, 4)):
+                self._alias(fact)
+                self._breathe()
+        if draws.chance(REPEATED):
             again = draws.pick(self.known)
             text.add(language.paraphrase(again.kind, again.key))
             text.answer(again.value)
             text.add(language.ending(again.kind))
-        if self.known and draws.chance(UPDATED) and not (old := draws.pick(self.known)).aliased:
+        if draws.chance(UPDATED) and not (old := draws.pick(self.known)).aliased:
             old.value = value(old.kind, draws)
             text.add(language.update(old.kind, old.key) + old.value + language.ending(old.kind))
-        fact = _Known(kind, fresh, said)
-        self.known.append(fact)
-        self.keys.append(fresh)
-        hops = 0
-        while draws.chance(ALIASED) and hops < 2:
-            fact.aliased = True
-            if draws.chance(0.5):
-                text.add(next(self.filler))
-            other = language.entity(draws)
-            text.add(language.alias(fact.key, other))
-            fact = _Known(kind, Key(fact.key.attribute, other), said, aliased=True)
-            self.known.append(fact)
-            hops += 1
+        if draws.chance(ALIASED):
+            self._alias(draws.pick(self.known))
 
-    def _key(self, kind: str) -> Key:
+    def _say(self, fact: _Known) -> None:
+        form = language.paraphrase if self.draws.chance(0.3) else language.statement
+        line = "\n" if fact.kind == "cell" and self.draws.chance(0.5) else ""
+        self.text.add(line + form(fact.kind, fact.key) + fact.value + language.ending(fact.kind))
+
+    def _alias(self, fact: _Known) -> None:
+        """Another name for what a fact is about, to be asked under that name."""
+        fact.aliased = True
+        other = Key(fact.key.attribute, language.entity(self.draws))
+        self.text.add(language.alias(fact.key, other.entity))
+        self.known.append(_Known(fact.kind, other, fact.value, aliased=True))
+
+    def _breathe(self) -> None:
+        if self.draws.chance(0.5):
+            self.text.add(next(self.filler))
+
+    def _key(self) -> tuple[str, Key]:
+        """A kind and a key not yet used; some are near to an earlier one."""
         draws = self.draws
-        if self.keys and draws.chance(NEAR_DUPLICATE):
-            entity = language.near_duplicate(draws.pick(self.keys), draws).entity
-        elif self.keys and draws.chance(SAME_ENTITY):
-            entity = draws.pick(self.keys).entity
-        else:
-            entity = language.entity(draws)
-        key = Key(draws.pick(language.ATTRIBUTES[kind]), entity)
-        return key if key not in self.keys else self._key(kind)
+        kind = draws.pick(KINDS)
+        key = Key(draws.pick(language.ATTRIBUTES[kind]), language.entity(draws))
+        if self.keys:
+            near_kind, near = draws.pick(self.keys)
+            if draws.chance(NEAR_DUPLICATE) and " " in near.entity:
+                kind, key = near_kind, language.near_duplicate(near, draws)
+            elif draws.chance(SAME_ENTITY):
+                key = Key(key.attribute, near.entity)
+            elif draws.chance(CODED):
+                key = Key(key.attribute, _code(draws))
+        if (kind, key) in self.taken:
+            return self._key()
+        self.taken.add((kind, key))
+        self.keys.append((kind, key))
+        return kind, key
 
     def _ask(self) -> None:
         """Ask for a fact stated anywhere before; each is asked once."""
@@ -307,6 +338,10 @@ def _filler(name: str, draws: Draws, length: int) -> Iterator[str]:
 @cache
 def _pieces(name: str, number: int) -> list[str]:
     return list(islice(filler(name, Draws(0, "shared filler", name, number)), 1000))
+
+
+def _code(draws: Draws) -> str:
+    return f"{'ABCDEFGHJKLMNPQRSTUVWXYZ'[draws.below(24)]}{draws.below(100):02d}"
 
 
 def _field(draws: Draws, width: int) -> str:

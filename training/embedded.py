@@ -23,7 +23,7 @@ from training.positions import jumping_positions
 
 SEED = 1
 STEP_TOKENS = 131_072
-STAGES = ((512, 197e6), (2_048, 131e6), (8_192, 157e6), (32_768, 118e6), (131_072, 33e6))
+STAGES = ((512, 150e6), (2_048, 131e6), (8_192, 165e6), (32_768, 118e6), (131_072, 30e6))
 """Row length and tokens of each stage."""
 
 MATRIX_RATE = 0.02
@@ -32,8 +32,9 @@ WARM_UP_STEPS = 100
 DECAY_SHARE = 0.3
 LAST_RATE = 0.05
 CLIP = 1.0
-FILLER_WEIGHT = 0.1
-"""Weight of a byte that answers nothing; an answer's is 1."""
+WEIGHTS = (0.1, 3.0, 1.0)
+"""Weight of a byte that answers nothing, of an answer's first and of its others: the first alone
+has to be found in the text, the others follow it."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Trainer:
         self.adam = torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.0)
 
     def train(self, ids: Tensor, marks: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """One step; the loss, and the share of answer bytes that came out right."""
+        """One step; the loss, and the share of answers whose first byte came out right."""
         rate = self.plan.rate(self.step)
         for optimiser, full in ((self.muon, MATRIX_RATE), (self.adam, OTHER_RATE)):
             for group in optimiser.param_groups:
@@ -112,9 +113,8 @@ class Trainer:
             t.to(self.device, non_blocking=True) for t in (ids.long(), marks, positions)
         )
         hidden = self.network.hidden(ids, positions)
-        targets = ids.roll(-1, 1)
-        answers = marks.roll(-1, 1)
-        weight = torch.where(answers, 1.0, FILLER_WEIGHT)
+        targets, answers = ids.roll(-1, 1), marks.roll(-1, 1).long()
+        weight = torch.tensor(WEIGHTS, device=self.device)[answers]
         weight[:, -1] = 0.0
         losses, right = self.network.losses(hidden, targets.reshape(-1))
         loss = (losses * weight.view(-1)).sum() / weight.sum()
@@ -124,8 +124,8 @@ class Trainer:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         self.step += 1
-        counted = (answers & (weight > 0)).view(-1)
-        return loss.detach(), (right & counted).sum() / counted.sum().clamp(min=1)
+        firsts = (answers == 1).view(-1)
+        return loss.detach(), (right & firsts).sum() / firsts.sum().clamp(min=1)
 
     def save(self, folder: Path) -> None:
         """Write weights, optimiser states and the step; a cut leaves the last whole save."""
@@ -187,7 +187,7 @@ def run(trainer: Trainer, work: Path, *, seconds: float, workers: int, every: in
                     "step": trainer.step,
                     "length": length,
                     "loss": round(loss, 4),
-                    "answer_bytes_right": round(right, 4),
+                    "first_bytes_right": round(right, 4),
                     "seconds": round(elapsed, 2),
                 }
                 print(json.dumps(record), flush=True)
