@@ -149,7 +149,7 @@ class BlockIndex:
         asked = (i - (self.n_k - n_q))[:, None] // TILE * n_blocks + key_tiles
         asked = asked.expand(*cells.shape[:2], -1, -1).flatten(2).contiguous()
         at = torch.searchsorted(cells, asked).clamp(max=cells.shape[2] - 1)
-        listed = (cells.gather(2, at) == asked).unflatten(2, (len(i), len(key_tiles)))
+        listed = (cells.gather(2, at) == asked).view(*cells.shape[:2], len(i), len(key_tiles))
         return listed[..., j // TILE - begin // TILE] & (j[None, :] <= i[:, None])
 
     def visible_pairs(self, n_q: int) -> Tensor:
