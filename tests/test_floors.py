@@ -46,6 +46,7 @@ FLOORS = {
     "parent": 5,
     "auditing": 5,
     "ledger": 1,
+    "findings": 2,
     "faithfulness": 3,
     "worker": 5,
     "task": 5,

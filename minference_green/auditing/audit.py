@@ -330,7 +330,8 @@ class Conversation:
             before=self._before,
             after=after,
             valid=valid and not unread,
-            reasons=(*unread, *reasons),
+            # Short ones are told from their times: here none can be made longer by an option.
+            reasons=(*unread, *(r for r in reasons if not r.startswith("short:"))),
         )
 
 

@@ -90,7 +90,7 @@ def ask_everything(
             except torch.OutOfMemoryError as error:
                 skip(parent, length, name, error)
                 lost.add(name)
-            free_memory(device)
+                free_memory(device)
 
 
 def skip(parent: Parent, length: int, name: str, error: BaseException) -> None:

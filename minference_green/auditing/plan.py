@@ -23,6 +23,9 @@ QUICK_HAYSTACKS = 6
 CPU_NOISE_HAYSTACKS = 1
 """A CPU computes in fp32, where rounding flips next to nothing, and all pairs cost it minutes."""
 
+LEAST_FILLER_BYTES = 2000
+"""A text of the user's own must have some: a line repeated a thousand times is no document."""
+
 FULL_RECIPE_TOKENS = 8 * 1024
 """From here on a prompt has room for 28 questions even where a token is a byte; shorter ones
 are asked 14, among fewer other facts."""
@@ -66,14 +69,13 @@ def resolve(request: AuditRequest, device_kind: str) -> AuditPlan:
     loss. Raises ``UsageError`` for settings that contradict each other or name nothing.
     """
     gpu = device_kind == "gpu"
-    quick = request.quick or not (gpu or request.thorough or request.haystacks)
+    quick = request.quick or not (gpu or request.thorough)
     if request.quick and request.thorough:
         raise UsageError("--quick and --thorough contradict each other; give one")
-    if request.haystacks is not None and (request.quick or request.thorough):
-        raise UsageError("--haystacks says how many; leave out --quick and --thorough")
-    haystacks = request.haystacks or (
-        THOROUGH_HAYSTACKS if request.thorough else QUICK_HAYSTACKS if quick else HAYSTACKS
-    )
+    if request.haystacks is not None and request.thorough:
+        raise UsageError("--haystacks and --thorough both say how many; give one")
+    usual = THOROUGH_HAYSTACKS if request.thorough else QUICK_HAYSTACKS if quick else HAYSTACKS
+    haystacks = usual if request.haystacks is None else request.haystacks
     if haystacks < 1:
         raise UsageError(f"--haystacks {haystacks} must be 1 or more")
     if not 0 < request.margin_points < 100:

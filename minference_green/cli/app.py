@@ -8,6 +8,7 @@ import typer
 
 import minference_green
 from minference_green.cli import (
+    audit,
     baseline,
     calibrate,
     carbon,
@@ -41,6 +42,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("run")(run.run)
+app.command("audit")(audit.audit)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.command("measure", context_settings={"allow_interspersed_args": False})(measure.measure)

@@ -55,6 +55,59 @@ class _Silent:
     def advance(self) -> None: ...
 
 
+class _AuditBar(_Bar):
+    def begin(self, done: int, of: int) -> None:
+        self._bar.update(self._task, total=of, completed=done, refresh=True)
+
+
+class _AuditLines:
+    """A line every few seconds, for logs."""
+
+    def __init__(self) -> None:
+        self._begin = self._last = time.monotonic()
+        self._done = self._of = 0
+
+    def begin(self, done: int, of: int) -> None:
+        self._done, self._of = done, of
+        self._print("asking")
+
+    def say(self, message: str) -> None:
+        if time.monotonic() - self._last > _LINE_SECONDS:
+            self._print(message)
+
+    def advance(self) -> None:
+        self._done += 1
+        if self._done == self._of:
+            self._print("all asked")
+
+    def _print(self, message: str) -> None:
+        self._last = time.monotonic()
+        seconds = self._last - self._begin
+        line = f"[{seconds:6.1f} s] {message}: {self._done} of {self._of} answers on disk"
+        print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
+class _AuditSilent(_Silent):
+    def begin(self, done: int, of: int) -> None: ...
+
+
+_LINE_SECONDS = 5.0
+
+
+@contextmanager
+def open_audit_progress(quiet: bool) -> Iterator[_AuditBar | _AuditLines | _AuditSilent]:
+    """Progress of an audit: a bar on a terminal, lines elsewhere, nothing when quiet."""
+    console = Console(stderr=True)
+    if quiet:
+        yield _AuditSilent()
+    elif not console.is_terminal:
+        yield _AuditLines()
+    else:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            yield _AuditBar(bar)
+
+
 @contextmanager
 def open_progress(quiet: bool) -> Iterator[_Bar | _Lines | _Silent]:
     """Progress for one command: a bar on a terminal, lines elsewhere, nothing when quiet."""

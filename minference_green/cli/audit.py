@@ -1,0 +1,172 @@
+"""``green-bench audit``: what sparse prefill loses, and of which kinds of information."""
+
+import hashlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minference_green.cli.run import (
+    parse_contexts,
+    parse_dtype,
+    parse_methods,
+    parse_options,
+    refuse_beside_resume,
+)
+from minference_green.errors import MeasurementError, UsageError
+
+METHODS_HELP = (
+    "Comma-separated; dense is added as the reference. minference, spread, vertical-slash, "
+    "a-shape, block-sparse, the yardsticks oracle, oracle-keys and random, or "
+    "package.module:NAME of your own."
+)
+
+
+def audit(
+    context_of_command: typer.Context,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", help="embedded, a local directory, or a hub id (safetensors)."
+        ),
+    ] = "embedded",
+    methods: Annotated[str, typer.Option(help=METHODS_HELP)] = "dense,minference",
+    method_option: Annotated[
+        list[str] | None,
+        typer.Option(help="METHOD.KEY=VALUE, repeatable, as for green-bench run."),
+    ] = None,
+    context: Annotated[
+        str, typer.Option(help="Context lengths in tokens, such as 16k,64k. Default: by device.")
+    ] = "",
+    haystacks: Annotated[
+        int | None, typer.Option(help="Texts to ask about. Default: 120 on a GPU.")
+    ] = None,
+    kinds: Annotated[
+        str, typer.Option(help="Kinds of information to ask about, such as hex,date. Default: all.")
+    ] = "",
+    filler: Annotated[
+        str, typer.Option(help="Text between the facts: prose, records, code, or a UTF-8 file.")
+    ] = "prose",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A first answer within a minute; the default on a CPU.")
+    ] = False,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="600 haystacks, which can show small losses.")
+    ] = False,
+    margin: Annotated[
+        float, typer.Option(help="Percentage points of answers whose loss would matter.")
+    ] = 2.0,
+    seed: Annotated[int, typer.Option(help="Seed of texts and facts.")] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="auto, bfloat16, float16 or float32 (float32: CPU only).")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    meter: Annotated[
+        str, typer.Option(help="auto, nvml, rapl, modelled, or simulated:FILE.")
+    ] = "auto",
+    no_energy: Annotated[
+        bool, typer.Option("--no-energy", help="Go on without joules; they are null then.")
+    ] = False,
+    allow_shared: Annotated[
+        bool, typer.Option("--allow-shared", help="Measure a MIG slice or a shared GPU, marked.")
+    ] = False,
+    allow_longer: Annotated[
+        bool, typer.Option("--allow-longer", help="Go beyond the model's own context limit.")
+    ] = False,
+    output: Annotated[
+        Path, typer.Option(help="Directory for audits; each gets one of its own inside.")
+    ] = Path("green-bench-runs"),
+    resume: Annotated[
+        Path | None, typer.Option(help="Directory of an interrupted audit to go on with.")
+    ] = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print the audit as JSON instead of tables.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+) -> None:
+    """Ask a model about known facts after dense and after sparse prefill: what is lost, of what."""
+    from minference_green.auditing import audit as job
+    from minference_green.auditing.plan import AuditRequest, known_kinds
+    from minference_green.cli.progress import open_audit_progress
+
+    if resume is not None:
+        refuse_beside_resume(context_of_command)
+        directory = resume
+        with open_audit_progress(quiet) as progress:
+            _finish(lambda: job.resume(directory, progress), json_output)
+        return
+    filler_name, filler_sha256 = _filler(filler)
+    request = AuditRequest(
+        model=model,
+        methods=parse_methods(methods),
+        options=parse_options(method_option or []),
+        context_lengths=parse_contexts(context),
+        haystacks=haystacks,
+        kinds=known_kinds([k.strip() for k in kinds.split(",") if k.strip()]) if kinds else (),
+        filler=filler_name,
+        filler_sha256=filler_sha256,
+        quick=quick,
+        thorough=thorough,
+        margin_points=margin,
+        seed=seed,
+        dtype=parse_dtype(dtype),
+        device=device,
+        meter="none" if no_energy else meter,
+        allow_shared=allow_shared,
+        allow_longer=allow_longer,
+        command=tuple(sys.argv[1:]),
+    )
+    with open_audit_progress(quiet) as progress:
+        _finish(lambda: job.audit(request, output, progress), json_output)
+
+
+def _filler(name: str) -> tuple[str, str | None]:
+    """A filler and its hash; a file is read now and its content pinned."""
+    from minference_green.auditing.plan import LEAST_FILLER_BYTES, read_text
+    from minference_green.corpus.filler import FILLERS
+
+    if name in FILLERS:
+        return name, None
+    path = Path(name)
+    if not path.exists() and path.suffix == "":
+        raise UsageError(
+            f"--filler {name!r} is neither a file nor one of {', '.join(FILLERS)}; "
+            "name a UTF-8 text file or one of these"
+        )
+    text = read_text(path, "--filler")
+    if len(text.encode()) < LEAST_FILLER_BYTES:
+        raise UsageError(
+            f"--filler {path} holds {len(text.encode())} bytes, at least {LEAST_FILLER_BYTES} are "
+            "needed: a shorter text repeats itself all over the prompt"
+        )
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return str(path.resolve()), digest
+
+
+def _finish(ask: Callable[[], Path], json_output: bool) -> None:
+    """Audit, then show what is on disk; also what an interrupted audit had answered."""
+    from minference_green.auditing.audit import InterruptedAuditError
+    from minference_green.cli.report import Format, report
+    from minference_green.ledger import audit_file, load_audit
+    from minference_green.results import Skip
+
+    form = Format.JSON if json_output else Format.TABLE
+    try:
+        directory = ask()
+    except InterruptedAuditError as stop:
+        if stop.has_answers:
+            report(stop.directory, form)
+        raise
+    report(directory, form)
+    page = directory / "report.html"
+    report(directory, Format.HTML, page)
+    typer.echo(f"Audit file: {audit_file(directory)}", err=True)
+    typer.echo(f"Page: {page}", err=True)
+    skips = list(load_audit(directory).of(Skip))
+    if skips:
+        raise MeasurementError(
+            f"{len(skips)} arms could not be audited, the first being {skips[0].method}: "
+            f"{skips[0].reason}"
+        )
