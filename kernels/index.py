@@ -150,7 +150,8 @@ class BlockIndex:
         asked = asked.expand(*cells.shape[:2], -1, -1).flatten(2).contiguous()
         at = torch.searchsorted(cells, asked).clamp(max=cells.shape[2] - 1)
         listed = (cells.gather(2, at) == asked).view(*cells.shape[:2], len(i), len(key_tiles))
-        return listed[..., j // TILE - begin // TILE] & (j[None, :] <= i[:, None])
+        seen: Tensor = listed[..., j // TILE - begin // TILE]
+        return seen & (j[None, :] <= i[:, None])
 
     def visible_pairs(self, n_q: int) -> Tensor:
         """Number of visible pairs, int64 ``[B, H]``, without building the mask."""
@@ -195,6 +196,80 @@ class BlockIndex:
     def _check_queries(self, n_q: int) -> None:
         if n_q != self.n_q:
             raise ValueError(f"index was built for n_q = {self.n_q}, got {n_q}")
+
+
+@dataclass(frozen=True)
+class PartedIndex:
+    """A whole prompt in parts, each with a :class:`BandIndex` over the keys up to its end.
+
+    A part serves the rows from where the part before it ends to its own ``n_k``. All parts but
+    the last end at whole query tiles, and all list the same heads.
+    """
+
+    parts: tuple[BandIndex, ...]
+
+    @property
+    def heads(self) -> Tensor:
+        """Query heads, ``[H]`` int32."""
+        return self.parts[0].heads
+
+    @property
+    def n_k(self) -> int:
+        """Keys, and queries, of the whole prompt."""
+        return self.parts[-1].n_k
+
+    def served(self) -> list[tuple[int, int, BandIndex]]:
+        """First row of each part, the row after its last, and its index."""
+        ends = [part.n_k for part in self.parts]
+        return list(zip([0, *ends[:-1]], ends, self.parts, strict=True))
+
+    def mask(self, n_q: int, n_k: int) -> Tensor:
+        """Visible pairs as bool ``[B, H, n_q, n_k]``.
+
+        Raises ``ValueError`` if the lengths are not the prompt's.
+        """
+        _check_lengths(n_q, n_k, self.n_k)
+        return self.visible(torch.arange(n_k), 0, n_k, n_q)
+
+    def visible(self, rows: Tensor, begin: int, end: int, n_q: int) -> Tensor:
+        """As :meth:`BandIndex.visible`, each row by its part's index."""
+        self._check_whole(n_q)
+        shape = (*self.parts[0].columns.shape[:2], len(rows), end - begin)
+        seen = torch.zeros(shape, dtype=torch.bool, device=self.heads.device)
+        for first, past, part in self.served():
+            at = ((rows >= first) & (rows < past)).nonzero()[:, 0]
+            stop = min(end, past)
+            if len(at) and stop > begin:
+                own = part.visible(rows[at], begin, stop, past - first)
+                seen[:, :, at.to(seen.device), : stop - begin] = own
+        return seen
+
+    def visible_pairs(self, n_q: int) -> Tensor:
+        """Number of visible pairs, int64 ``[B, H]``, without building the mask."""
+        self._check_whole(n_q)
+        pairs = [part.visible_pairs(past - first) for first, past, part in self.served()]
+        return torch.stack(pairs).sum(0)
+
+    def density(self, n_q: int) -> Tensor:
+        """Visible over causal pairs, float64 ``[B, H]``, at most 1."""
+        return self.visible_pairs(n_q).double() / causal_pairs(n_q, self.n_k)
+
+    def whole_rows(self, n_q: int) -> Tensor:
+        """Leading rows that see every key up to themselves, in whole query tiles: ``[B, H]``."""
+        self._check_whole(n_q)
+        rows = torch.zeros(self.parts[0].columns.shape[:2], dtype=torch.int64)
+        rows = rows.to(self.heads.device)
+        for first, past, part in self.served():
+            rows += torch.where(rows == first, part.whole_rows(past - first), 0)
+        return rows
+
+    def _check_whole(self, n_q: int) -> None:
+        if n_q != self.n_k:
+            raise ValueError(f"index was built for a whole prompt of {self.n_k}, got n_q = {n_q}")
+
+
+Index = BandIndex | BlockIndex | PartedIndex
+"""Any index type; all tell their heads, mask, visible pairs and density."""
 
 
 def causal_pairs(n_q: int, n_k: int) -> int:

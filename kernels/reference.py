@@ -77,9 +77,9 @@ def row_scores(
     for i in rows:
         query = q[:, :, i - (n_k - n_q), None].double()
         a = torch.softmax(query @ keys[:, :, : i + 1].transpose(-1, -2) * scale, -1)[:, :, 0]
-        for j in range(i + 1):
-            columns[:, :, j] += a[:, :, j] if i - j >= skip_offsets else 0
-            slashes[:, :, i - j] += a[:, :, j] if j >= skip_columns else 0
+        j = torch.arange(i + 1)
+        columns[:, :, j] += a * (i - j >= skip_offsets)
+        slashes[:, :, i - j] += a * (j >= skip_columns)
     return columns, slashes
 
 

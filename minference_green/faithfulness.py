@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minference_green.errors import MeasurementError
-from minference_green.kernels.index import BandIndex, BlockIndex
+from minference_green.kernels.index import Index
 
 MOST_RECALL = 1 + 1e-3
 """A row that kept more than this of its mass counted a key twice."""
@@ -95,7 +95,7 @@ def class_mass(
     k: Tensor,
     rows: Tensor,
     classes: Tensor,
-    indices: Sequence[BandIndex | BlockIndex],
+    indices: Sequence[Index],
     *,
     scale: float,
     n_classes: int,

@@ -76,6 +76,7 @@ def method_from_name(
             slash_size: int | None = None,
             rows: int = 64,
             last: int = 8,
+            segments: int = 1,
             normalise: str = "raw",
         ) -> SparsePrefill:
             sizes = {"vertical_size": vertical_size, "slash_size": slash_size}
@@ -84,7 +85,7 @@ def method_from_name(
                 raise UsageError(f"spread takes a pattern_file or {', '.join(given)}, not both")
             budgets = uniform(name, VerticalSlash(**given)) if given else None
             budgets = budgets or _minference(pattern_file, patterns)
-            return _spread(budgets, Estimator(rows, last, normalise, skip_forced=True))
+            return _spread(budgets, Estimator(rows, last, segments, normalise, skip_forced=True))
 
         return _build(spread, options, name)
     if name in YARDSTICKS:

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from minference_green.corpus.records import Haystack
-from minference_green.kernels.index import BandIndex, BlockIndex
+from minference_green.kernels.index import Index
 
 
 @runtime_checkable
@@ -46,7 +46,7 @@ class LayerProfile:
     lse: Tensor | None = None
     """Log-sum-exp of each row's scores over the pairs attended to, ``[B, Hq, N]``; what a row
     kept of its attention follows from it. ``None`` if the method does not tell."""
-    indices: tuple[BandIndex | BlockIndex, ...] = ()
+    indices: tuple[Index, ...] = ()
     """The pairs, every query head in one index; empty if the method has none to show."""
 
 

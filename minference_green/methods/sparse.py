@@ -4,7 +4,7 @@ One engine serves every method made of head patterns. A uniform method gives all
 same pattern; MInference gives each layer and head its own.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minference_green.errors import UsageError
-from minference_green.kernels.index import BandIndex, BlockIndex
+from minference_green.kernels.index import BandIndex, BlockIndex, Index, PartedIndex
 from minference_green.kernels.selection import (
     a_shape_index,
     band_index,
@@ -129,10 +129,10 @@ def uniform(name: str, pattern: HeadPattern) -> SparsePrefill:
 
 @dataclass(frozen=True)
 class _Scores:
-    """What the estimators found; ``None`` where no head of the layer needs it."""
+    """What the estimators found; empty or ``None`` where no head of the layer needs it."""
 
-    columns: Tensor | None = None
-    slashes: Tensor | None = None
+    masses: Sequence[tuple[Tensor, Tensor]] = ()
+    """Columns and slashes of each part of the prompt."""
     q_means: Tensor | None = None
     k_means: Tensor | None = None
 
@@ -152,41 +152,49 @@ class _Layer:
     block_sparse: Mapping[int, BlockSparse]
 
     def estimate(self) -> _Scores:
-        columns = slashes = q_means = k_means = None
+        masses: list[tuple[Tensor, Tensor]] = []
         if self.vertical_slash:
-            columns, slashes = self._masses()
+            masses = [self._masses(*part) for part in self.estimator.parts(self.q.shape[2])]
+        q_means = k_means = None
         if self.block_sparse:
             q_means, k_means = self.kernels.block_means(self.q), self.kernels.block_means(self.k)
-        return _Scores(columns, slashes, q_means, k_means)
+        return _Scores(masses, q_means, k_means)
 
-    def index(self, scores: _Scores) -> list[BandIndex | BlockIndex]:
-        bands = [*self._vertical_slash_index(scores), *self._a_shape_index()]
-        joined = [join_bands(*bands)] if len(bands) == 2 else bands
-        return [*joined, *self._block_index(scores)]
+    def index(self, scores: _Scores) -> list[Index]:
+        parts, a_shape = self._vertical_slash_parts(scores), self._a_shape_index()
+        bands: list[Index] = [*parts, *a_shape]
+        if len(parts) > 1:
+            bands = [PartedIndex(tuple(parts)), *a_shape]
+        elif parts and a_shape:
+            bands = [join_bands(*parts, *a_shape)]
+        return [*bands, *self._block_index(scores)]
 
-    def attend(self, indices: list[BandIndex | BlockIndex], lse: Tensor | None = None) -> Tensor:
+    def attend(self, indices: list[Index], lse: Tensor | None = None) -> Tensor:
         """The output; also fills ``lse`` if given, by a variant of the kernels that writes it."""
         out = torch.empty_like(self.q)
         for index in indices:
-            banded = isinstance(index, BandIndex)
-            run = self.kernels.band_attention if banded else self.kernels.block_attention
-            found = run(
-                self.q, self.k, self.v, index,
-                scale=self.scale, out=out, return_lse=lse is not None,
-            )  # fmt: skip
-            if lse is not None:
-                lse[:, index.heads.long()] = found[1]
+            for begin, end, part in _served(index):
+                banded = isinstance(part, BandIndex)
+                run = self.kernels.band_attention if banded else self.kernels.block_attention
+                rows, keys = slice(begin, end), slice(end)
+                found = run(
+                    self.q[:, :, rows], self.k[:, :, keys], self.v[:, :, keys], part,
+                    scale=self.scale, out=out[:, :, rows], return_lse=lse is not None,
+                )  # fmt: skip
+                if lse is not None:
+                    lse[:, part.heads.long(), rows] = found[1]
         return out
 
     def empty_lse(self) -> Tensor:
         wide = torch.promote_types(self.q.dtype, torch.float32)
         return torch.empty(self.q.shape[:3], dtype=wide, device=self.q.device)
 
-    def _masses(self) -> tuple[Tensor, Tensor]:
-        rows = self.estimator.rows_of(self.q.shape[2])
+    def _masses(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Scores to choose by for the rows from ``begin`` to before ``end``."""
+        rows = self.estimator.rows_of(begin, end)
         columns, slashes = self.kernels.row_scores(
-            self.q,
-            self.k,
+            self.q[:, :, begin:end],
+            self.k[:, :, :end],
             self._heads(self.vertical_slash),
             rows,
             scale=self.scale,
@@ -194,20 +202,19 @@ class _Layer:
         )
         return self.estimator.weigh(columns, slashes, rows)
 
-    def _vertical_slash_index(self, scores: _Scores) -> list[BandIndex]:
-        if scores.columns is None or scores.slashes is None:
-            return []
+    def _vertical_slash_parts(self, scores: _Scores) -> list[BandIndex]:
         patterns = self.vertical_slash.values()
         return [
             band_index(
-                scores.columns,
-                scores.slashes,
+                columns,
+                slashes,
                 self._heads(self.vertical_slash),
                 [p.vertical_size for p in patterns],
                 [p.slash_size for p in patterns],
                 cut_tiles=self.kernels.cut_tiles,
                 choose=self.kernels.top_positions,
             )
+            for columns, slashes in scores.masses
         ]
 
     def _a_shape_index(self) -> list[BandIndex]:
@@ -243,3 +250,8 @@ class _Layer:
 
     def _heads(self, group: Mapping[int, HeadPattern]) -> Tensor:
         return to_device(list(group), self.q.device)
+
+
+def _served(index: Index) -> Sequence[tuple[int, int, BandIndex | BlockIndex]]:
+    """What a kernel runs at once: first row, the row after the last, and the index for them."""
+    return index.served() if isinstance(index, PartedIndex) else [(0, index.n_k, index)]
