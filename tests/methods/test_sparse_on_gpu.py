@@ -3,19 +3,28 @@
 import pytest
 import torch
 
+from minference_green.methods.estimator import LAST_ROWS, Estimator
 from minference_green.methods.patterns import AShape, BlockSparse, VerticalSlash
 from minference_green.methods.sparse import SparsePrefill
+from minference_green.methods.yardstick import yardstick
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-MIXED = SparsePrefill(
-    "mixed",
-    ((VerticalSlash(60, 300), AShape(40, 200), BlockSparse(6), VerticalSlash(200, 120)),),
-    {},
-)
+PATTERNS = ((VerticalSlash(60, 300), AShape(40, 200), BlockSparse(6), VerticalSlash(200, 120)),)
+
+ESTIMATORS = {
+    "last rows": LAST_ROWS,
+    "spread": Estimator(rows=64, last=8, skip_forced=True),
+    "parts": Estimator(rows=64, last=8, segments=3, normalise="tile", skip_forced=True),
+}
+
+
+@pytest.fixture(params=ESTIMATORS)
+def mixed(request: pytest.FixtureRequest) -> SparsePrefill:
+    return SparsePrefill("mixed", PATTERNS, {}, ESTIMATORS[request.param])
 
 
 def layer_inputs(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -27,32 +36,47 @@ def layer_inputs(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q, k, v
 
 
-def test_between_estimate_and_attend_nothing_waits_for_the_device() -> None:
+def test_between_estimate_and_attend_nothing_waits_for_the_device(mixed: SparsePrefill) -> None:
     q, k, v = (x.cuda().bfloat16() for x in layer_inputs(3001))
-    MIXED.attend(q, k, v, scale=0.125, layer=0)  # compiles
+    mixed.attend(q, k, v, scale=0.125, layer=0)  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out = MIXED.attend(q, k, v, scale=0.125, layer=0)
+        out = mixed.attend(q, k, v, scale=0.125, layer=0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert out.isfinite().all()
 
 
 @pytest.mark.parametrize("n", [65, 1000, 3001])
-def test_the_gpu_computes_what_the_cpu_path_computes(n: int) -> None:
+def test_the_gpu_computes_what_the_cpu_path_computes(n: int, mixed: SparsePrefill) -> None:
     q, k, v = (x.half() for x in layer_inputs(max(n, 701)))
     q, k, v = q[:, :, :n], k[:, :, :n], v[:, :, :n]
-    on_cpu = MIXED.profile(q.float(), k.float(), v.float(), scale=0.125, layer=0)
-    on_gpu = MIXED.profile(q.cuda(), k.cuda(), v.cuda(), scale=0.125, layer=0)
+    on_cpu = mixed.profile(q.float(), k.float(), v.float(), scale=0.125, layer=0)
+    on_gpu = mixed.profile(q.cuda(), k.cuda(), v.cuda(), scale=0.125, layer=0)
     error = (on_gpu.out.cpu().float() - on_cpu.out).norm() / on_cpu.out.norm()
     # The last chosen columns and slashes are near ties and may differ by rounding.
     assert error < 0.02
     assert torch.allclose(on_gpu.density, on_cpu.density, atol=0.02)
 
 
-def test_repeated_runs_give_the_same_bits() -> None:
+def test_repeated_runs_give_the_same_bits(mixed: SparsePrefill) -> None:
     q, k, v = (x.cuda().bfloat16() for x in layer_inputs(3001))
-    first = MIXED.attend(q, k, v, scale=0.125, layer=0)
+    first = mixed.attend(q, k, v, scale=0.125, layer=0)
     for _ in range(3):
-        assert torch.equal(MIXED.attend(q, k, v, scale=0.125, layer=0), first)
+        assert torch.equal(mixed.attend(q, k, v, scale=0.125, layer=0), first)
+
+
+@pytest.mark.parametrize("name", ["oracle", "random"])
+def test_a_yardstick_computes_what_it_computes_on_the_cpu(name: str) -> None:
+    q, k, v = (x.half() for x in layer_inputs(1500))
+    method = yardstick(name, 0.4)
+    on_cpu = method.profile(q.float(), k.float(), v.float(), scale=0.125, layer=0)
+    on_gpu = method.profile(q.cuda(), k.cuda(), v.cuda(), scale=0.125, layer=0)
+    (ours,), (theirs,) = on_gpu.indices, on_cpu.indices
+    different = ours.mask(1500, 1500).cpu() != theirs.mask(1500, 1500)
+    # Chance is drawn on the CPU; equal masses may fall either way by rounding.
+    assert different.double().mean() <= (0 if name == "random" else 1e-2)
+    if not different.any():
+        assert (on_gpu.out.cpu().float() - on_cpu.out).norm() < 2e-3 * on_cpu.out.norm()
+    assert torch.allclose(on_gpu.density, on_cpu.density, atol=1e-2)
