@@ -1,8 +1,11 @@
 """Where an arm that chooses runs dense and where sparse: once per length, before any window."""
 
+from dataclasses import asdict
+
 from minference_green.cell import Cell
 from minference_green.channel import Channel
 from minference_green.methods.auto import Auto, Choice, Deciding
+from minference_green.methods.law import Prediction
 from minference_green.results import Decision, LayerChoice
 from minference_green.task import Task
 
@@ -32,13 +35,11 @@ def _decision(block: int, length: int, deciding: Deciding) -> Decision:
         context_length=length,
         method=deciding.name,
         law=deciding.law.source,
-        margin=next(iter(choices.values())).margin,
         layers=tuple(
             LayerChoice(
                 layer=layer,
                 density=choice.density,
-                dense_seconds=choice.dense_seconds,
-                sparse_seconds=choice.sparse_seconds,
+                **asdict(choice.prediction),
                 runs="sparse" if choice.sparse else "dense",
             )
             for layer, choice in choices.items()
@@ -49,7 +50,8 @@ def _decision(block: int, length: int, deciding: Deciding) -> Decision:
 def _choices(made: Decision) -> dict[tuple[int, int], Choice]:
     return {
         (made.context_length, one.layer): Choice(
-            one.density, one.dense_seconds, one.sparse_seconds, made.margin
+            one.density,
+            Prediction(one.dense_seconds, one.sparse_seconds, one.doubt_seconds),
         )
         for one in made.layers
     }

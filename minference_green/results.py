@@ -293,6 +293,8 @@ class LayerChoice(Record):
     """Mean over heads of visible over causal pairs, as seen in the warm-up."""
     dense_seconds: float
     sparse_seconds: float
+    doubt_seconds: float
+    """Standard error of their difference; sparse runs where it wins by more."""
     runs: Literal["dense", "sparse"]
 
 
@@ -305,8 +307,6 @@ class Decision(Record):
     method: str
     law: str
     """Which law of attention times predicted."""
-    margin: float
-    """Share by which sparse had to be predicted faster."""
     layers: tuple[LayerChoice, ...]
 
 

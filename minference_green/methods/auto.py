@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minference_green.errors import UsageError
 from minference_green.methods.dense import Dense
-from minference_green.methods.law import Law, law_for
+from minference_green.methods.law import Law, Prediction, law_for
 from minference_green.methods.method import LayerProfile, Parts
 from minference_green.methods.sparse import SparsePrefill
 
@@ -25,16 +25,13 @@ class Choice:
 
     density: float
     """Mean over heads of visible over causal pairs, as seen."""
-    dense_seconds: float
-    sparse_seconds: float
-    """Estimate and index among them."""
-    margin: float
-    """Share by which sparse must be faster; the law's own error."""
+    prediction: Prediction
 
     @property
     def sparse(self) -> bool:
-        """Whether the layer runs sparse."""
-        return self.sparse_seconds < (1 - self.margin) * self.dense_seconds
+        """Whether the layer runs sparse: only where it wins by more than the law may be wrong."""
+        found = self.prediction
+        return found.sparse_seconds + found.doubt_seconds < found.dense_seconds
 
 
 @dataclass(frozen=True)
@@ -117,10 +114,8 @@ class Deciding:
         patterns = self._auto.sparse.head_patterns(layer, heads)
         self.choices[n, layer] = Choice(
             density=sum(density) / heads,
-            dense_seconds=self.law.dense(head_dim, batch=batch, heads=heads, n=n),
-            sparse_seconds=self.law.sparse(
+            prediction=self.law.predict(
                 head_dim, [patterns[h] for h in range(heads)], density, batch=batch, n=n
             ),
-            margin=self.law.margin(head_dim),
         )
         return account.out

@@ -13,6 +13,7 @@ compute capability and one for CPUs, with the measurements they were fitted to;
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -47,18 +48,25 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """Seconds of one layer's attention, dense and sparse."""
+
+    dense_seconds: float
+    sparse_seconds: float
+    """Estimate and index among them."""
+    doubt_seconds: float
+    """Standard error of their difference, from the errors of the fits."""
+
+
+@dataclass(frozen=True)
 class Law:
     """A device's law: steps by head width."""
 
     source: str
-    """Of which device, when measured, and a hash of the file."""
+    """Which file, when measured, and a hash of it."""
     head_dims: Mapping[int, Mapping[str, Step]]
 
-    def dense(self, head_dim: int, *, batch: int, heads: int, n: int) -> float:
-        """Seconds of dense attention of one layer."""
-        return self._steps(head_dim)["dense"].predict(dense_work(batch, heads, n))
-
-    def sparse(
+    def predict(
         self,
         head_dim: int,
         patterns: Sequence[HeadPattern],
@@ -66,16 +74,23 @@ class Law:
         *,
         batch: int,
         n: int,
-    ) -> float:
-        """Seconds of one layer's estimate, index and attention, given each head's density."""
-        steps = self._steps(head_dim)
-        choosing = steps["choose"].predict(choose_work(patterns, batch, n))
-        return choosing + steps["attend"].predict(attend_work(patterns, density, batch, n))
+    ) -> Prediction:
+        """What one layer over ``n`` tokens takes, with one pattern and density per query head.
 
-    def margin(self, head_dim: int) -> float:
-        """Share by which sparse must be predicted faster to be chosen: the errors of the fit."""
-        errors = [step.error for step in self._steps(head_dim).values()]
-        return float(sum(e * e for e in errors) ** 0.5)
+        Raises ``UsageError`` for a head width that was not measured.
+        """
+        steps = self._steps(head_dim)
+        work = {
+            "dense": dense_work(batch, len(patterns), n),
+            "choose": choose_work(patterns, batch, n),
+            "attend": attend_work(patterns, density, batch, n),
+        }
+        seconds = {name: steps[name].predict(work[name]) for name in STEPS}
+        return Prediction(
+            dense_seconds=seconds["dense"],
+            sparse_seconds=seconds["choose"] + seconds["attend"],
+            doubt_seconds=math.hypot(*(steps[name].error * seconds[name] for name in STEPS)),
+        )
 
     def _steps(self, head_dim: int) -> Mapping[str, Step]:
         if head_dim not in self.head_dims:

@@ -139,7 +139,7 @@ def _decisions(run: Run) -> tuple[str, ...]:
             sparse, f"sparse in {sparse} of {of} layers, else dense"
         )
         parts.append(f"{format_length(length)} {runs}")
-    laws = dict.fromkeys(f"{d.law}, margin {d.margin:.1%}" for d in made.values())
+    laws = dict.fromkeys(d.law for d in made.values())
     return (f"{'; '.join(parts)}; predicted by {' and '.join(laws)}",)
 
 
