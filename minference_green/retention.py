@@ -14,7 +14,7 @@ is noise and no bias.
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from itertools import pairwise
@@ -209,7 +209,8 @@ class GroupTest:
     groups: tuple[GroupLoss, ...]
     score: Score
     p: float | None
-    """That groups differ at all; null with fewer than two to test."""
+    """That groups differ at all, by the variance between them; of ``net``, that any loses more
+    than the rest. Null with fewer than two to test."""
     correction: Literal["holm", "benjamini-hochberg"]
     resamples: int
 
@@ -439,7 +440,8 @@ def by_kind(
 
     Kinds are permuted among the answers of one haystack, place and length. That kinds differ at
     all is judged by the variance between kinds; a kind is named where it loses more than the
-    rest. One with fewer than ``TESTABLE_ITEMS`` right dense answers is not tested.
+    rest, over its standard error (Janssen 1997). A kind of which dense got fewer than
+    ``TESTABLE_ITEMS`` answers right is not tested.
     """
     return _group_test(answers, answers.kind, score, "holm", resamples, seed)
 
@@ -538,7 +540,7 @@ def disparity(
     if worst == best:
         worst, best = 0, 1
     by_chance = np.concatenate(
-        [_worst_over_best(1 - sums / sizes) for sums in groups.permuted(resamples, seed)]
+        [_worst_over_best(1 - sums / sizes) for sums, _ in groups.permuted(resamples, seed)]
     )
     names = groups.names
     ends = (
@@ -612,6 +614,7 @@ def detectable(
         other_loss=counts.share,
         correlation=used,
         correlation_is="observed" if observed else "stated",
+        stated=correlation,
     )
 
 
@@ -648,6 +651,7 @@ def planned_detectable(
         other_loss=other_loss,
         correlation=correlation,
         correlation_is="stated",
+        stated=max(correlation, ASSUMED_CORRELATION),
     )
 
 
@@ -762,26 +766,23 @@ def _bootstrap_ends(counts: _Counts, resamples: int, seed: int) -> tuple[float, 
     return float(found.low), float(found.high)
 
 
-def _exact_ends(
-    counts: _Counts, correlation: float, growth: float = 1.0, tail: float = ALPHA
-) -> tuple[float, float]:
-    """Bounds at ``growth`` times the haystacks, were their answers as these."""
+def _exact_ends(counts: _Counts, correlation: float) -> tuple[float, float]:
     used, _ = _correlation(counts, correlation)
     items = float(counts.items.sum())
-    effective = growth * items / (1 + (counts.alike - 1) * used)
-    low, high = _clopper_pearson(float(counts.up.sum()) / items, effective, tail)
+    effective = items / (1 + (counts.alike - 1) * used)
+    low, high = _clopper_pearson(float(counts.up.sum()) / items, effective)
     if not counts.both_ways:
         return low, high
-    down_low, down_high = _clopper_pearson(float(counts.down.sum()) / items, effective, tail)
+    down_low, down_high = _clopper_pearson(float(counts.down.sum()) / items, effective)
     return low - down_high, high - down_low
 
 
-def _clopper_pearson(share: float, items: float, tail: float) -> tuple[float, float]:
+def _clopper_pearson(share: float, items: float) -> tuple[float, float]:
     from scipy.special import betaincinv
 
     hits = share * items
-    low = float(betaincinv(hits, items - hits + 1, tail)) if share > 0 else 0.0
-    high = float(betaincinv(hits + 1, items - hits, 1 - tail)) if share < 1 else 1.0
+    low = float(betaincinv(hits, items - hits + 1, ALPHA)) if share > 0 else 0.0
+    high = float(betaincinv(hits + 1, items - hits, 1 - ALPHA)) if share < 1 else 1.0
     return low, high
 
 
@@ -811,21 +812,27 @@ def _correlation(counts: _Counts, stated: float) -> tuple[float, bool]:
 
 
 def _haystacks_needed(counts: _Counts, margin: float, correlation: float) -> int | None:
-    """Haystacks at which a share as it appears is shown to be on its side of the margin."""
-    present, quantiles = len(counts.items), _normal(1 - ALPHA) + _normal(POWER)
-    if counts.bootstraps:
-        apart = counts.net - counts.share * counts.items
-        variance = float((apart**2).sum() / (present - 1) / counts.items.mean() ** 2)
-        gap = abs(counts.share - margin)
-        if quantiles**2 * variance > MOST_HAYSTACKS * gap**2:
-            return None
-        return math.ceil(quantiles**2 * variance / gap**2)
-    # If nothing moves, chance cannot make more answers come out worse than these.
-    tail = 1 - NormalDist().cdf(quantiles) if counts.up.any() or counts.down.any() else ALPHA
+    """Haystacks at which such a share is shown, in the cases wanted, on its side of the margin.
+
+    Of losses by the binomial at the effective number of answers, whose scatter at the margin is
+    not that at the share; of lost minus gained by the normal approximation.
+    """
+    present, share = len(counts.items), counts.share
+    used, _ = _correlation(counts, correlation)
+    effective = float(counts.items.sum()) / (1 + (counts.alike - 1) * used) / present
+    apart = counts.net - share * counts.items
+    variance = float((apart**2).mean() / counts.items.mean() ** 2)
+    quantiles = _normal(1 - ALPHA) + _normal(POWER)
 
     def decides(haystacks: int) -> bool:
-        low, high = _exact_ends(counts, correlation, haystacks / present, tail)
-        return low > margin or high < margin
+        if counts.both_ways and variance > 0:
+            return abs(share - margin) * math.sqrt(haystacks) >= quantiles * math.sqrt(variance)
+        answers = effective * haystacks
+        if share > margin:
+            return share >= _share_above(margin, answers)
+        # With nothing lost the first is true of any number; the bound must clear the margin too.
+        bounded = _clopper_pearson(share, answers)[1] < margin
+        return bounded and 1 - share >= _share_above(1 - margin, answers)
 
     sizes = range(max(present, DECIDING_HAYSTACKS), MOST_HAYSTACKS + 1)
     found = bisect_left(sizes, True, key=decides)
@@ -863,6 +870,7 @@ def _detectable(
     other_loss: float,
     correlation: float,
     correlation_is: Literal["observed", "stated"],
+    stated: float,
 ) -> Detectable:
     if not 0 < margin < 1:
         raise UsageError(f"a margin of {margin:g} is not a share of answers; 0.02 means 2 points")
@@ -874,9 +882,8 @@ def _detectable(
         else _detectable_in_one(n, sum(tested) - n, other_loss, correlation, alpha)
         for kind, n in sizes.items()
     }
-    effective = items / (1 + (alike - 1) * correlation)
     return Detectable(
-        loss=_detectable_beyond(margin, effective),
+        loss=_detectable_beyond(margin, items, haystacks, alike, correlation, stated),
         margin=margin,
         one_kind=one_kind,
         other_loss=other_loss,
@@ -887,11 +894,40 @@ def _detectable(
     )
 
 
-def _detectable_beyond(margin: float, effective: float) -> float:
-    """Share at which a lower bound above ``margin`` has the power wanted, of so many answers.
+def _detectable_beyond(
+    margin: float, items: int, haystacks: int, alike: float, correlation: float, stated: float
+) -> float:
+    """Share whose lower bound is above ``margin`` in the cases wanted.
 
-    The binomial made continuous: the hits from which Clopper-Pearson's bound is above the
-    margin, then the share at which so many come up in 80 % of cases.
+    Either Clopper-Pearson bounds find it, which reckon with ``stated``; or enough haystacks lose
+    something for the bootstrap, which sees the correlation there is.
+    """
+    from scipy.special import betaln
+    from scipy.stats import binom
+
+    def bounded(correlation: float) -> float:
+        return _share_above(margin, items / (1 + (alike - 1) * correlation))
+
+    def bootstrapped(share: float) -> bool:
+        if correlation > 0:
+            rest = (1 - correlation) / correlation
+            a, b = share * rest, (1 - share) * rest
+            spared = math.exp(betaln(a, b + alike) - betaln(a, b))
+        else:
+            spared = (1 - share) ** alike
+        return float(binom.sf(BOOTSTRAP_HAYSTACKS - 1, haystacks, 1 - spared)) >= POWER
+
+    exact = bounded(max(correlation, stated))
+    if not bootstrapped(exact):
+        return exact
+    return min(exact, max(bounded(correlation), _smallest(bootstrapped, 0.0, exact)))
+
+
+def _share_above(margin: float, effective: float) -> float:
+    """Share whose Clopper-Pearson bound is above ``margin``, of so many independent answers.
+
+    The binomial made continuous: the hits from which the bound is above the margin, then the
+    share at which so many come up in the cases wanted.
     """
     from scipy.optimize import brentq
     from scipy.special import betainc, betaincinv
@@ -900,6 +936,14 @@ def _detectable_beyond(margin: float, effective: float) -> float:
         lambda x: betainc(x, effective - x + 1, margin) - ALPHA, 1e-9, effective + 1 - 1e-9
     )
     return float(betaincinv(hits, effective - hits + 1, POWER))
+
+
+def _smallest(enough: Callable[[float], bool], low: float, high: float) -> float:
+    """Where ``enough`` turns true, to 0.0001; it is true at ``high``."""
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
 
 
 def _detectable_in_one(
@@ -922,16 +966,10 @@ def _detectable_in_one(
     p = hypergeom.sf(own - 1, population, (share * population).round(), lost)
     needed = np.where((p <= alpha).any(1), (p <= alpha).argmax(1), items + 1)
 
-    def power(own_loss: float) -> float:
-        return float(binom.sf(needed - 1, items, own_loss).mean())
+    def named(own_loss: float) -> bool:
+        return float(binom.sf(needed - 1, items, own_loss).mean()) >= POWER
 
-    if power(1.0) < POWER:
-        return None
-    low, high = other_loss, 1.0
-    while high - low > 1e-4:
-        middle = (low + high) / 2
-        low, high = (low, middle) if power(middle) >= POWER else (middle, high)
-    return high - other_loss
+    return _smallest(named, other_loss, 1.0) - other_loss if named(1.0) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -945,6 +983,9 @@ class _Groups:
     stratum: NDArray[np.intp]
     sizes: NDArray[np.float64]
     sums: NDArray[np.float64]
+    """Of scores per group."""
+    moved: NDArray[np.float64]
+    """Flips per group, either way."""
     untestable: dict[str, Literal["few-right", "never-beside-another"]]
 
     @classmethod
@@ -958,6 +999,8 @@ class _Groups:
             label[part & _holds_several(strata, label, part)], minlength=len(found)
         )
         tested = (right >= TESTABLE_ITEMS) & (beside >= TESTABLE_ITEMS)
+        if tested.sum() == 1:
+            tested[:] = False  # its few neighbours are not tested: there is no rest
         part &= tested[label]
         kept, own = np.unique(label[part], return_inverse=True)
         return cls(
@@ -967,6 +1010,7 @@ class _Groups:
             stratum=_codes(strata[part]),
             sizes=np.bincount(own, minlength=len(kept)).astype(float),
             sums=np.bincount(own, value[part], minlength=len(kept)).astype(float),
+            moved=np.bincount(own, value[part] != 0, minlength=len(kept)).astype(float),
             untestable={
                 str(name): "few-right" if few else "never-beside-another"
                 for name, few, yes in zip(found, right < TESTABLE_ITEMS, tested, strict=True)
@@ -974,15 +1018,35 @@ class _Groups:
             },
         )
 
-    def permuted(self, resamples: int, seed: int) -> Iterator[NDArray[np.float64]]:
-        """Sums per group with groups permuted within strata, (some, groups) at a time."""
-        moved, draws = _permutations(self.stratum, self.value, resamples, seed)
-        groups = len(self.names)
+    def worse(self, sums: NDArray[np.float64], moved: NDArray[np.float64]) -> NDArray[np.float64]:
+        """How much more each group loses than the rest, by sums and flips per group, (..., groups).
+
+        Over its standard error, for a group that flips more often both ways scatters more. Where
+        all flips are losses this ranks permutations as the sums alone do.
+        """
+        rest = self.sizes.sum() - self.sizes
+        apart = sums / self.sizes - (sums.sum(-1, keepdims=True) - sums) / rest
+        # Half a flip more on each side, so that none at all is not taken for certainty.
+        own = (moved + 0.5) / self.sizes**2
+        others = (moved.sum(-1, keepdims=True) - moved + 0.5) / rest**2
+        in_errors: NDArray[np.float64] = apart / np.sqrt(own + others)
+        return in_errors
+
+    def permuted(
+        self, resamples: int, seed: int
+    ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        """Sums and flips per group with groups permuted within strata, (some, groups) at a time."""
+        scored, draws = _permutations(self.stratum, self.value, resamples, seed)
+        groups, value = len(self.names), self.value[scored]
         for drawn in draws:
-            place = self.label[drawn] + groups * np.arange(len(drawn))[:, None]
-            weights = np.broadcast_to(self.value[moved], drawn.shape)
-            sums = np.bincount(place.ravel(), weights.ravel(), minlength=groups * len(drawn))
-            yield sums.astype(float).reshape(len(drawn), groups)
+            place = (self.label[drawn] + groups * np.arange(len(drawn))[:, None]).ravel()
+            shape = len(drawn), groups
+            moved = np.bincount(place, minlength=math.prod(shape)).astype(float).reshape(shape)
+            if (value == 1).all():
+                yield moved, moved
+                continue
+            weights = np.broadcast_to(value, drawn.shape).ravel()
+            yield np.bincount(place, weights, math.prod(shape)).astype(float).reshape(shape), moved
 
 
 def _group_test(
@@ -994,13 +1058,16 @@ def _group_test(
     seed: int,
 ) -> GroupTest:
     groups = _Groups.of(answers, names, score)
-    reached, differ = np.zeros(len(groups.names)), 0
+    worse = groups.worse(groups.sums, groups.moved)
     between = float((groups.sums**2 / groups.sizes).sum())
-    for sums in groups.permuted(resamples, seed):
-        reached += (sums >= groups.sums).sum(0)
+    reached, differ = np.zeros(len(groups.names)), 0
+    for sums, moved in groups.permuted(resamples, seed):
+        reached += (groups.worse(sums, moved) >= worse - 1e-9).sum(0)
         differ += int(((sums**2 / groups.sizes).sum(1) >= between * (1 - 1e-9)).sum())
     p = ((reached + 1) / (resamples + 1)).tolist()
     adjusted = holm(p) if correction == "holm" else _benjamini_hochberg(p)
+    # A group that flips more both ways varies more, so the variance of net says too much.
+    overall = (differ + 1) / (resamples + 1) if score == "loss" else min(adjusted, default=None)
     tested = dict(zip(groups.names.tolist(), zip(p, adjusted, strict=True), strict=True))
     return GroupTest(
         groups=tuple(
@@ -1008,7 +1075,7 @@ def _group_test(
             for name in np.unique(names).tolist()
         ),
         score=score,
-        p=(differ + 1) / (resamples + 1) if tested else None,
+        p=overall if tested else None,
         correction=correction,
         resamples=resamples,
     )
