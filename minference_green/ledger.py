@@ -64,6 +64,10 @@ class AuditPlan(Record):
     budgets: tuple[float, ...] = ()
     """Multiples of each sparse method's budgets that are arms of their own; empty: as given."""
 
+    def haystacks_of(self, method: str) -> int:
+        """Haystacks that an arm is asked about."""
+        return self.noise_haystacks if method == NOISE_FLOOR else self.haystacks
+
 
 class AuditHeader(Record):
     """First line of an audit file."""
@@ -227,7 +231,7 @@ class Audit(Record):
         """Haystacks of every arm at every length, less what could not be run."""
         plan, skipped = self.header.plan, self._skipped
         return sum(
-            plan.noise_haystacks if method.name == NOISE_FLOOR else plan.haystacks
+            plan.haystacks_of(method.name)
             for length in plan.context_lengths
             for method in self.header.methods
             if (length, method.name) not in skipped

@@ -171,7 +171,9 @@ class Conversation:
         try:
             with terminate_as_interrupt():
                 while not self._complete:
+                    before = len(self.events)
                     (serve or serve_worker)(self)
+                    assert len(self.events) > before, "nothing was asked, and not all answered"
                 if not (self.events and isinstance(self.events[-1], Seal)):
                     self.events.append(self.journal.seal())
         except KeyboardInterrupt:

@@ -24,7 +24,6 @@ from minference_green.methods.backend import synchronize
 from minference_green.methods.method import PrefillMethod
 from minference_green.results import Skip
 from minference_green.torch_device import free_memory
-from minference_green.workload import format_length
 
 WINDOW_SECONDS = 1.0
 """A group's prefills should last as long: a counter moves every 100 ms."""
@@ -47,6 +46,10 @@ class Progress:
     """Context length and haystack."""
     answered: frozenset[tuple[int, int, str]]
     """Context length, haystack and arm."""
+
+    def has(self, length: int, method: str, haystacks: int) -> bool:
+        """Whether an arm has answered its first ``haystacks`` haystacks at a length."""
+        return all((length, i, method) in self.answered for i in range(haystacks))
 
 
 def ask_everything(
@@ -88,15 +91,18 @@ def ask_everything(
             try:
                 _ask_group(parent, respondent, arms[name], name, length, chosen, device)
             except torch.OutOfMemoryError as error:
-                skip(parent, length, name, error)
+                skip(parent, length, name, out_of_memory(error))
                 lost.add(name)
                 free_memory(device)
 
 
-def skip(parent: Parent, length: int, name: str, error: BaseException) -> None:
-    """Mark an arm that did not fit; the others go on."""
-    first_line = str(error).strip().splitlines()[0]
-    reason = f"out of memory at {format_length(length)}: {first_line}"
+def out_of_memory(error: torch.OutOfMemoryError) -> str:
+    """Why an arm is skipped, in one line."""
+    return f"out of memory: {str(error).strip().splitlines()[0]}"
+
+
+def skip(parent: Parent, length: int, name: str, reason: str) -> None:
+    """Mark an arm that cannot run; the others go on."""
     record = Skip(block=0, context_length=length, method=name, reason=reason)
     parent.ask("record", record=record.model_dump(mode="json"))
 

@@ -12,25 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minference_green.auditing.arms import EqualDensity, arms
 from minference_green.auditing.ask import ModelRespondent, Prompt, Respondent, show
-from minference_green.auditing.loop import Parent, Progress, ask_everything, skip
+from minference_green.auditing.loop import Parent, Progress, ask_everything, out_of_memory, skip
 from minference_green.auditing.plan import read_text
 from minference_green.channel import Channel, Message
 from minference_green.corpus.filler import FILLERS, OwnText
 from minference_green.corpus.recipe import Recipe
 from minference_green.errors import UsageError
 from minference_green.faithfulness import causal_lse, kept_mass, sampled_rows
-from minference_green.ledger import NOISE_FLOOR, AuditPlan, Computed
+from minference_green.ledger import AuditPlan, Computed
+from minference_green.methods.auto import Auto, Deciding
 from minference_green.methods.backend import synchronize
 from minference_green.methods.dense import Dense, free_bytes
 from minference_green.methods.method import PrefillMethod, ProfiledMethod
-from minference_green.methods.patterns import AShape
-from minference_green.methods.sparse import SparsePrefill
 from minference_green.model.loading import LoadedModel, load
 from minference_green.model.text import encoder
 from minference_green.results import Backends
 from minference_green.torch_device import free_memory
-from minference_green.worker import TimesBackends, identity, methods_by_name, work
+from minference_green.worker import TimesBackends, identity, work
 
 RECALL_ROWS = 256
 """Rows per layer and head whose kept attention is looked at."""
@@ -52,7 +52,9 @@ def main(read_fd: int, write_fd: int) -> int:
             seed=plan.seed,
             allow_longer=task["allow_longer"],
         )
-        methods = methods_by_name(task["methods"], task["options"], model)
+        methods = arms(
+            task["methods"], task["options"], model, budgets=plan.budgets, seed=plan.seed
+        )
         serve(channel, task, plan, model, methods, began)
 
     return work(read_fd, write_fd, job)
@@ -66,11 +68,7 @@ def serve(
     methods: Mapping[str, PrefillMethod],
     began: float,
 ) -> None:
-    """Every question of the plan to every method, and the noise floor beside them.
-
-    ``began`` is the monotonic time at which loading began.
-    """
-    arms = {**methods, NOISE_FLOOR: noise_floor()}
+    """Every question of the plan to every arm; ``began`` is when loading began, monotonic."""
     reader = encoder(model)
     respondent = ModelRespondent(
         model=model,
@@ -89,7 +87,7 @@ def serve(
     # What cannot be asked ends the audit before it has a file.
     for length in plan.context_lengths:
         respondent.prompt(0, length)
-    parent.ask("loaded", **identity(model, arms))
+    parent.ask("loaded", **identity(model, methods))
     device = model.model.device
     parent.ask("spent", what="setup", start=began, end=time.monotonic())
     done = Progress(
@@ -98,7 +96,9 @@ def serve(
     )
     excluded = {(n, m) for n, m in task["excluded"]}
     for length in plan.context_lengths:
-        wanted = {n: m for n, m in arms.items() if (length, n) not in excluded}
+        wanted = {n: m for n, m in methods.items() if (length, n) not in excluded}
+        if all(done.has(length, n, plan.haystacks_of(n)) for n in wanted):
+            continue
         ready = _prepare(parent, task, respondent, wanted, length, model)
         if ready is None:
             continue
@@ -107,21 +107,13 @@ def serve(
             respondent,
             ready.arms,
             length=length,
-            haystacks={
-                n: plan.noise_haystacks if n == NOISE_FLOOR else plan.haystacks for n in ready.arms
-            },
+            haystacks={n: plan.haystacks_of(n) for n in ready.arms},
             so_far=done,
             seconds=ready.seconds,
             prompts_in_memory=ready.prompts_in_memory,
             device=device,
         )
         free_memory(device)
-
-
-def noise_floor() -> SparsePrefill:
-    """Every causal pair, through the kernels of the sparse methods: what it flips is rounding."""
-    everything = AShape(n_init=0, n_local=2**31 - 1)
-    return SparsePrefill(NOISE_FLOOR, everything, {"pairs": "all, by the sparse kernels"})
 
 
 def own_filler(plan: AuditPlan) -> str | OwnText:
@@ -155,23 +147,37 @@ def _prepare(
     parent: Parent,
     task: Message,
     respondent: ModelRespondent,
-    arms: Mapping[str, PrefillMethod],
+    methods: Mapping[str, PrefillMethod],
     length: int,
     model: LoadedModel,
 ) -> _Ready | None:
     """Compile and time every arm once on the first haystack, and see what it computes."""
     device = model.model.device
     prompt = respondent.prompt(0, length)
-    told = {(c["context_length"], c["method"]): c for c in task["computed"]}
+    told = (Computed.model_validate(c) for c in task["computed"])
+    seen = {c.method: c for c in told if c.context_length == length}
+    dense = Dense()
     ready = _Ready({}, {}, 1)
     cache_bytes = 0
-    for name, method in arms.items():
+    for name, asked in methods.items():
+        method = asked
         parent.ask("cell", step="preparing", context_length=length, method=name)
         try:
+            if isinstance(method, EqualDensity):
+                if method.of not in ready.arms:
+                    skip(parent, length, name, f"{method.of}, whose density it takes, did not run")
+                    continue
+                method = method.at(seen)
+            if isinstance(method, Auto):
+                deciding = Deciding(method)
+                respondent.prefill(prompt, deciding)
+                method = method.decided(dense, deciding.choices)
             # On a CPU PyTorch has one kernel worth the name, and the other takes minutes to time.
             if isinstance(method, Dense) and method.backend is None and device.type == "cuda":
                 method = _fastest(parent, task, respondent, prompt, length)
-            seeing = _Watched(method) if (length, name) not in told else method
+            if isinstance(method, Dense):
+                dense = method
+            seeing = method if name in seen else _Watched(method)
             began = time.monotonic()
             show(method, prompt)
             left = respondent.prefill(prompt, seeing)
@@ -184,13 +190,13 @@ def _prepare(
             cache_bytes = _bytes_of(left.cache)
             del left
         except torch.OutOfMemoryError as error:
-            skip(parent, length, name, error)
+            skip(parent, length, name, out_of_memory(error))
             continue
         free_memory(device)
         ready.arms[name] = method
         if isinstance(seeing, _Watched):
-            record = seeing.record(length, name)
-            parent.ask("record", record=record.model_dump(mode="json"))
+            seen[name] = seeing.record(length, name)
+            parent.ask("record", record=seen[name].model_dump(mode="json"))
     if not ready.arms:
         return None
     room = int(CACHE_SHARE * free_bytes(device)) // max(1, cache_bytes)
