@@ -3,8 +3,8 @@
 The same question is put to the same model after a dense and after a sparse prefill. What counts
 is retention, P(sparse right | dense right): a bare difference in accuracy hides flips in both
 directions. Questions that share a haystack share its luck, so a haystack is the unit of every
-interval, and labels are permuted only within one: with 24 haystacks the usual Wald test on
-clustered answers called 71 % of harmless methods biased, this permutation at most 5 %.
+interval, and labels are permuted only within one. ``benchmarks/audit_power.py`` prints how often
+all this is wrong.
 
 Two scores are judged by the same functions. ``loss`` looks at the answers the dense model gave
 right and counts those lost. ``net`` looks at all and counts lost minus gained: where rounding
@@ -38,14 +38,14 @@ ASSUMED_CORRELATION = 0.2
 
 With fewer than ``BOOTSTRAP_HAYSTACKS`` that lost something, the larger of this and the observed
 one sets the interval. By simulation a true correlation of 0.3 then leaves the true loss above
-the upper end in at most 8 % of audits of 12 to 120 haystacks; assuming 0.1, in 11 %.
+the upper end in at most 8 % of audits of 12 to 120 haystacks; assuming 0.1, in 12 %.
 """
 
 BOOTSTRAP_HAYSTACKS = 15
 """Haystacks that must hold something lost, and as many something kept, before BCa is used.
 
 By simulation its upper end misses a loss of 2 % in 24 % of audits where about three haystacks
-lost something, and in 5 to 7 % from 15 on.
+lost something, and a loss in 4 to 9 % from 15 on.
 """
 
 DECIDING_HAYSTACKS = 5
@@ -875,17 +875,17 @@ def _detectable(
     if not 0 < margin < 1:
         raise UsageError(f"a margin of {margin:g} is not a share of answers; 0.02 means 2 points")
     tested = [n for n in sizes.values() if n >= TESTABLE_ITEMS]
+    # Holm's first step: the kind that stands out has to pass it.
     alpha = ALPHA / max(len(tested), 1)
-    one_kind = {
-        kind: None
-        if n < TESTABLE_ITEMS or len(tested) < 2
-        else _detectable_in_one(n, sum(tested) - n, other_loss, correlation, alpha)
-        for kind, n in sizes.items()
+    in_one = {
+        n: _detectable_in_one(n, sum(tested) - n, other_loss, correlation, alpha)
+        for n in set(tested)
+        if len(tested) > 1
     }
     return Detectable(
         loss=_detectable_beyond(margin, items, haystacks, alike, correlation, stated),
         margin=margin,
-        one_kind=one_kind,
+        one_kind={kind: in_one.get(n) for kind, n in sizes.items()},
         other_loss=other_loss,
         correlation=correlation,
         correlation_is=correlation_is,
