@@ -3,28 +3,29 @@
 A map, from the bottom up (a module imports only from its own floor or below):
 
 0. ``kernels``: Triton kernels, their torch CPU path and float64 oracles
-1. ``results``, ``workload``, ``errors``: plain data
+1. ``results``, ``workload``, ``errors``, ``ledger``: plain data; ``corpus``: texts with known facts
 2. ``stats``, ``verdict``, ``retention``, ``render``: readers of results; neither torch nor NVML
 3. ``methods``, ``meters``, ``carbon``: prefill methods; energy readings; gCO2e;
    ``faithfulness``: what a method's attention and output lost
 4. ``model``: the only place that imports transformers
 5. ``bench``: the measuring loop; ``worker``, ``task``, ``cell``, ``decide``, ``observe``,
    ``breakdown``: the process that runs a model; ``check``, ``doctor``, ``command``: other jobs
-   that measure
+   that measure; ``auditing``: what a method loses, and of what
 6. ``api``, ``cli``: the exported functions and the ``green-bench`` command
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minference_green.api import measure, run
+    from minference_green.api import audit, measure, run
     from minference_green.verdict import compare
 
-__all__ = ["__version__", "compare", "measure", "run"]
+__all__ = ["__version__", "audit", "compare", "measure", "run"]
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "audit": "minference_green.api",
     "compare": "minference_green.verdict",
     "measure": "minference_green.api",
     "run": "minference_green.api",

@@ -1,4 +1,4 @@
-"""The functions the package exports beside ``compare``: run and measure."""
+"""The functions the package exports beside ``compare``: run, measure and audit."""
 
 import math
 import sys
@@ -6,25 +6,36 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minference_green import bench
+from minference_green.auditing import audit as auditing
+from minference_green.auditing.audit import Conversation
+from minference_green.auditing.audit import Progress as AuditProgress
+from minference_green.auditing.plan import AuditRequest
 from minference_green.bench import Grid, Progress, Request
 from minference_green.errors import UsageError
 from minference_green.grams import operational_grams
+from minference_green.ledger import Audit, load_audit
 from minference_green.meters.choose import open_meters
 from minference_green.results import CarbonTerms, Reading, Run, load
 from minference_green.validity import SHORT_WINDOW_SECONDS
 
+if TYPE_CHECKING:
+    from minference_green.methods.method import PrefillMethod
+    from minference_green.model.loading import LoadedModel
+
 
 class _Silent:
-    """Progress of a run nobody watches."""
+    """Progress of a run or an audit nobody watches."""
 
+    def begin(self, done: int, of: int) -> None: ...
     def block(self, number: int, of: int, windows: int, window_seconds: float) -> None: ...
     def say(self, message: str) -> None: ...
     def advance(self) -> None: ...
 
 
-SILENT: Progress = _Silent()
+SILENT = _Silent()
 
 
 def run(
@@ -65,6 +76,55 @@ def run(
         }
     )
     return load(bench.run(request, Path(output), progress))
+
+
+def audit(
+    model: "str | LoadedModel" = "embedded",
+    *,
+    methods: "Sequence[str | PrefillMethod]" = ("dense", "minference"),
+    options: Mapping[str, Mapping[str, str]] | None = None,
+    context_lengths: Sequence[int] = (),
+    output: str | Path = "green-bench-runs",
+    progress: AuditProgress = SILENT,
+    **settings: object,
+) -> Audit:
+    """Ask ``model`` about known facts after dense and after sparse prefill; what it answered.
+
+    What ``green-bench audit`` does, with the same defaults; ``settings`` are the other fields
+    of ``auditing.plan.AuditRequest`` (``haystacks``, ``kinds``, ``quick``, ``margin_points``...).
+    ``methods`` are names or objects, ``model`` a name or a loaded model; with an object among
+    them everything runs in this process, else in a worker of its own. A method with a ``see``
+    is shown each haystack first (``methods.method.SeeingMethod``). ``findings.findings`` turns
+    the result into figures.
+
+    Raises ``UsageError`` and ``MeasurementError`` as the command does.
+    """
+    unknown = settings.keys() - AuditRequest.model_fields.keys()
+    if unknown:
+        raise UsageError(
+            f"audit() has no setting {', '.join(sorted(unknown))}; "
+            f"it takes {', '.join(AuditRequest.model_fields)}"
+        )
+    own = {m.name: m for m in methods if not isinstance(m, str)}
+    request = AuditRequest.model_validate(
+        {
+            **settings,
+            "model": model if isinstance(model, str) else model.spec,
+            "methods": tuple(m if isinstance(m, str) else m.name for m in methods),
+            "options": {name: dict(given) for name, given in (options or {}).items()},
+            "context_lengths": tuple(context_lengths),
+        }
+    )
+    serve = None
+    if own or not isinstance(model, str):
+        loaded = None if isinstance(model, str) else model
+
+        def serve(conversation: Conversation) -> None:
+            from minference_green.auditing.worker import serve_here
+
+            serve_here(conversation, loaded, own)
+
+    return load_audit(auditing.audit(request, Path(output), progress, serve))
 
 
 @dataclass(frozen=True)

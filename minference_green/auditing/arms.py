@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
+from minference_green.auditing.plan import DENSE
 from minference_green.errors import UsageError
 from minference_green.ledger import NOISE_FLOOR, Computed
 from minference_green.methods.dense import Dense
@@ -59,19 +61,24 @@ def arms(
     *,
     budgets: Sequence[float],
     seed: int,
+    own: Mapping[str, PrefillMethod] = MappingProxyType({}),
 ) -> dict[str, PrefillMethod]:
     """Every arm by its name: dense first, yardsticks behind the methods, the noise floor last.
 
     A yardstick without a density of its own takes that of the first sparse method. ``budgets``
-    are multiples of each sparse method's own at which it runs as well. Raises ``UsageError``
-    for a method or option that does not exist, or a yardstick with nothing to be held against.
+    are multiples of each sparse method's own at which it runs as well. Names in ``own`` mean
+    these objects. Raises ``UsageError`` for a method or option that does not exist, or a
+    yardstick with nothing to be held against.
     """
-    equal = [n for n in asked if n in YARDSTICKS and "density" not in options.get(n, {})]
+    unsized = (n for n in asked if n in YARDSTICKS and "density" not in options.get(n, {}))
+    equal = [n for n in unsized if n not in own]
     strangers = {n: dict(o) for n, o in options.items() if n in equal and set(o) - {"seed"}}
     if strangers:
         raise UsageError(f"a yardstick takes density and seed, got {strangers}")
-    rest = [name for name in asked if name not in equal]
-    methods = methods_by_name(rest, {n: o for n, o in options.items() if n not in equal}, model)
+    named = [name for name in asked if name not in equal and name not in own]
+    made = methods_by_name(named, {n: o for n, o in options.items() if n not in equal}, model)
+    # A name on the command line may be a path to a method that calls itself otherwise.
+    methods = {**({DENSE: own[DENSE]} if DENSE in own else {}), **made, **own}
     found = with_budgets(methods, budgets)
     for name in equal:
         found[name] = EqualDensity(

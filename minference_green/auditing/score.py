@@ -69,6 +69,8 @@ def score(logits: Tensor, probes: Sequence[Probe]) -> list[Score]:
     n_rows = sum(len(p.answer) for p in probes)
     if logits.shape[0] != n_rows:
         raise ValueError(f"{n_rows} answer tokens need as many rows of logits, got {len(logits)}")
+    if not probes:
+        return []
     rows: list[int] = []
     tokens: list[int] = []
     start = 0

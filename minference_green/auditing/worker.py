@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from minference_green.auditing.arms import EqualDensity, arms
 from minference_green.auditing.ask import ModelRespondent, Prompt, Respondent, show
+from minference_green.auditing.audit import Conversation, InProcess
 from minference_green.auditing.loop import Parent, Progress, ask_everything, out_of_memory, skip
 from minference_green.auditing.plan import read_text
-from minference_green.channel import Channel, Message
+from minference_green.channel import Message
 from minference_green.corpus.filler import FILLERS, OwnText
 from minference_green.corpus.recipe import Recipe
 from minference_green.errors import UsageError
@@ -29,7 +31,7 @@ from minference_green.methods.method import PrefillMethod, ProfiledMethod
 from minference_green.model.loading import LoadedModel, load
 from minference_green.model.text import encoder
 from minference_green.results import Backends
-from minference_green.torch_device import free_memory
+from minference_green.torch_device import describe_device, free_memory, resolve_device
 from minference_green.worker import TimesBackends, identity, work
 
 RECALL_ROWS = 256
@@ -41,34 +43,33 @@ CACHE_SHARE = 0.25
 
 def main(read_fd: int, write_fd: int) -> int:
     """Ask what the parent's plan says; the exit code is 0 unless the parent went away."""
-
-    def job(channel: Channel, task: Message, device: torch.device) -> None:
-        began = time.monotonic()
-        plan = AuditPlan.model_validate(task["plan"])
-        model = load(
-            task["model"],
-            device=device,
-            dtype=getattr(torch, plan.dtype),
-            seed=plan.seed,
-            allow_longer=task["allow_longer"],
-        )
-        methods = arms(
-            task["methods"], task["options"], model, budgets=plan.budgets, seed=plan.seed
-        )
-        serve(channel, task, plan, model, methods, began)
-
-    return work(read_fd, write_fd, job)
+    return work(read_fd, write_fd, serve)
 
 
 def serve(
     parent: Parent,
     task: Message,
-    plan: AuditPlan,
-    model: LoadedModel,
-    methods: Mapping[str, PrefillMethod],
-    began: float,
+    device: torch.device,
+    model: LoadedModel | None = None,
+    own: Mapping[str, PrefillMethod] = MappingProxyType({}),
 ) -> None:
-    """Every question of the plan to every arm; ``began`` is when loading began, monotonic."""
+    """Put every question of the plan to every arm.
+
+    ``model`` is loaded already or to be loaded by its name; ``own`` are methods given as
+    objects, by name.
+    """
+    began = time.monotonic()
+    plan = AuditPlan.model_validate(task["plan"])
+    model = model or load(
+        task["model"],
+        device=device,
+        dtype=getattr(torch, plan.dtype),
+        seed=plan.seed,
+        allow_longer=task["allow_longer"],
+    )
+    methods = arms(
+        task["methods"], task["options"], model, budgets=plan.budgets, seed=plan.seed, own=own
+    )
     reader = encoder(model)
     respondent = ModelRespondent(
         model=model,
@@ -88,7 +89,6 @@ def serve(
     for length in plan.context_lengths:
         respondent.prompt(0, length)
     parent.ask("loaded", **identity(model, methods))
-    device = model.model.device
     parent.ask("spent", what="setup", start=began, end=time.monotonic())
     done = Progress(
         frozenset((n, i) for n, i in task["asked"]),
@@ -131,6 +131,18 @@ def own_filler(plan: AuditPlan) -> str | OwnText:
             f"{found[:16]}..., was {str(plan.filler_sha256)[:16]}...; restore it or start anew"
         )
     return OwnText(content)
+
+
+def serve_here(
+    conversation: Conversation,
+    model: LoadedModel | None,
+    own: Mapping[str, PrefillMethod],
+) -> None:
+    """Hold the whole conversation in this process: methods given as objects cannot leave it."""
+    parent = InProcess(conversation)
+    device = resolve_device(conversation.request.device) if model is None else model.model.device
+    task = parent.ask("hello", device=describe_device(device))["task"]
+    serve(parent, task, device, model, own)
 
 
 @dataclass(frozen=True)

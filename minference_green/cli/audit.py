@@ -55,6 +55,14 @@ def audit(
     thorough: Annotated[
         bool, typer.Option("--thorough", help="600 haystacks, which can show small losses.")
     ] = False,
+    frontier: Annotated[
+        bool,
+        typer.Option(
+            "--frontier",
+            help="Also run each sparse method at 1/4, 1/2 and 2 times its budgets, and say which "
+            "keeps 99 % of the answers at the least energy.",
+        ),
+    ] = False,
     margin: Annotated[
         float, typer.Option(help="Percentage points of answers whose loss would matter.")
     ] = 2.0,
@@ -109,6 +117,7 @@ def audit(
         filler_sha256=filler_sha256,
         quick=quick,
         thorough=thorough,
+        frontier=frontier,
         margin_points=margin,
         seed=seed,
         dtype=parse_dtype(dtype),

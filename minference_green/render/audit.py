@@ -5,6 +5,7 @@ from pathlib import Path
 
 from minference_green.findings import PLACES, YARDSTICKS, Arm, Findings, Place, findings
 from minference_green.ledger import NOISE_FLOOR, Audit
+from minference_green.render.audit_frontier import cheapest, frontier_sheet
 from minference_green.render.document import Document, Sheet
 from minference_green.render.numbers import ABSENT, significant
 from minference_green.results import Backends, Note, Skip
@@ -17,6 +18,8 @@ HEADLINE = (
     "Answers kept of those dense prefill gave right, with 90 % intervals over haystacks: to "
     "questions inside the prompt, asked after it over its cache, and at its very end"
 )
+
+NO_PRICE = "a yardstick reads all attention before it leaves some out; what it takes says nothing"
 
 
 def audit_document(audit: Audit, directory: Path | None = None) -> Document:
@@ -34,6 +37,7 @@ def audit_document(audit: Audit, directory: Path | None = None) -> Document:
             _flips(found, notes),
             _shifts(found, notes),
             *_regret(found),
+            *([frontier_sheet(found)] if audit.header.plan.budgets else []),
             _verdicts(found, notes),
         ]
     sheets.append(_cost(found, notes))
@@ -59,15 +63,18 @@ def conclusion(found: Findings) -> tuple[str, ...]:
     methods = dict.fromkeys(arm.method for arm in found.compared)
     if not methods:
         return ("Dense prefill alone was audited; there is nothing to hold against it.",)
-    return tuple(
+    sentences = tuple(
         _sentence(max((a for a in found.compared if a.method == m), key=lambda a: a.length))
         for m in methods
     )
+    if not audit.header.plan.budgets:
+        return sentences
+    return (*(cheapest(found, n) for n in audit.header.plan.context_lengths), *sentences)
 
 
 def _sentence(arm: Arm) -> str:
     shown = [
-        f"{_share(place.retention)} of the answers {PLACE_WORDS[name]}"
+        f"{_share(place.retention)} {PLACE_WORDS[name]}"
         for name, place in arm.places.items()
         if place.dense_right
     ]
@@ -75,7 +82,8 @@ def _sentence(arm: Arm) -> str:
         return f"At {format_length(arm.length)} dense prefill answers nothing right to be kept."
     density = arm.computed.density if arm.computed else None
     at = "" if density is None else f" at density {significant(density, 2)}"
-    text = f"At {format_length(arm.length)} tokens {arm.method} keeps {_joined(shown)}{at}: "
+    text = f"At {format_length(arm.length)} tokens {arm.method} keeps of the answers "
+    text += f"{_joined(shown)}{at}: "
     text += "; ".join(
         f"{PLACE_WORDS[name]}, {_verdict(place.verdict)}"
         for name, place in arm.places.items()
@@ -98,7 +106,8 @@ def _verdict(verdict: LossVerdict) -> str:
         return "nothing could be lost"
     if verdict.more_haystacks is None:
         return f"undecided, too near {points} for any number of haystacks"
-    return f"undecided, about {verdict.more_haystacks} more haystacks needed"
+    plural = "" if verdict.more_haystacks == 1 else "s"
+    return f"undecided, about {verdict.more_haystacks} more haystack{plural} needed"
 
 
 def _joined(words: list[str]) -> str:
@@ -166,6 +175,13 @@ def _headline(found: Findings, notes: _Footnotes) -> Sheet:
             return f"{place.dense_right} of {place.items} right"
         return _told(place.retention, notes)
 
+    def cost(arm: Arm) -> tuple[str, str]:
+        if arm.method in YARDSTICKS:
+            return (notes.mark(ABSENT, NO_PRICE), notes.mark(ABSENT, NO_PRICE))
+        unknown = arm.cost.reason if arm.cost.joules is None else None
+        joules = notes.mark(significant(arm.cost.joules_per_mtok, 3), unknown)
+        return joules, significant(arm.cost.seconds_per_mtok, 3)
+
     return Sheet(
         HEADLINE,
         (
@@ -183,11 +199,7 @@ def _headline(found: Findings, notes: _Footnotes) -> Sheet:
                 *(kept(arm, p) for p in places),
                 significant(arm.computed.density if arm.computed else None, 2),
                 significant(arm.computed.recall if arm.computed else None, 3),
-                notes.mark(
-                    significant(arm.cost.joules_per_mtok, 3),
-                    arm.cost.reason if arm.cost.joules is None else None,
-                ),
-                significant(arm.cost.seconds_per_mtok, 3),
+                *cost(arm),
             )
             for arm in found.arms
         ),

@@ -7,6 +7,7 @@ from pathlib import Path
 from minference_green.findings import PLACES, Findings, findings
 from minference_green.ledger import Audit
 from minference_green.render.audit import PLACE_WORDS, audit_document
+from minference_green.render.audit_frontier import picture
 from minference_green.render.document import Sheet
 from minference_green.render.table import TEXT_COLUMNS
 from minference_green.workload import format_length
@@ -44,6 +45,11 @@ def audit_page(audit: Audit, directory: Path | None = None) -> str:
         *(f'<p class="conclusion">{escape(s)}</p>' for s in document.conclusion),
         *(f'<p class="doubt">{escape(s)}</p>' for s in document.doubts),
         *(heat_map(found, length) for length in audit.header.plan.context_lengths),
+        *(
+            f'<div class="wide">{picture(found, length)}</div>'
+            for length in audit.header.plan.context_lengths
+            if audit.header.plan.budgets
+        ),
         *(_table(sheet) for sheet in document.sheets),
         *(f"<p>({i}) {escape(text)}</p>" for i, text in enumerate(document.footnotes, 1)),
         "<h2>Provenance</h2><table>",
