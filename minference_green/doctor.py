@@ -497,7 +497,8 @@ def _under_load(read: _Read, before: Conditions, after: Conditions) -> Check:
         if cause in after.throttle_seconds
     }
     slowed = [c for c in ("thermal", "power_brake") if gained.get(c, 0.0) > 0]
-    capped = gained.get("power_cap", 0.0) / read.seconds
+    # The states are read just outside the stretch: their difference can be longer than it.
+    capped = min(1.0, gained.get("power_cap", 0.0) / read.seconds)
     celsius = after.temperature_celsius
     hot = celsius is not None and celsius > HOT_CELSIUS
     limit = f" of {after.power_limit_watts:.0f} W" if after.power_limit_watts else ""
