@@ -384,6 +384,7 @@ def test_a_kind_lost_everywhere_is_named_with_its_counts():
     assert found.p == 0.0001
     worst = next(g for g in found.groups if g.name == "hex")
     assert (worst.dense_right, worst.lost, worst.gained, worst.retention) == (24, 24, 0, 0.0)
+    assert (worst.p, worst.p_adjusted) == pytest.approx((0.0001, 0.0003))
     # 24.5 to 0.5 lost in hex, 0.5 to 48.5 in the others.
     assert worst.odds_ratio == pytest.approx(24.5 / 0.5 * 48.5 / 0.5)
     assert [g.name for g in found.groups] == ["date", "hex", "url"]

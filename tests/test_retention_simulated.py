@@ -160,7 +160,7 @@ def test_more_haystacks_decide_where_the_verdict_says_they_do(power):
 
 def test_flips_both_ways_by_noise_are_lost_answers_but_no_net_loss(power):
     """A kind the dense model half knows loses and gains: ``net`` tells that from bias."""
-    noise = power.Truth(rounding=True, half_known={"hex": 0.6, "url": 0.75})
+    noise = power.Truth(rounding=True, half_known={"hex": 0.6}, dense_right=1.0)
     by_loss = power.kinds_said(10, 120, noise, resamples=499)
     by_net = power.kinds_said(100, 120, noise, score="net", resamples=299)
     assert by_loss.named["hex"] == 1.0
