@@ -59,6 +59,13 @@ def test_the_wheel_holds_the_kernels_and_no_top_level_package_of_that_name(wheel
     assert {t for t in tops if not t.endswith(".dist-info")} == {"minference_green"}
 
 
+def test_the_wheel_holds_the_laws_of_attention_times(wheel: Path) -> None:
+    laws = REPOSITORY / "minference_green" / "methods" / "laws"
+    stored = {f"minference_green/methods/laws/{path.name}" for path in laws.glob("*.json")}
+    assert "minference_green/methods/laws/cpu.json" in stored
+    assert stored <= set(zipfile.ZipFile(wheel).namelist())
+
+
 def test_the_command_runs_from_the_installed_wheel(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     run(
