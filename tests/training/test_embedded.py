@@ -1,0 +1,104 @@
+"""Training: a stock Llama's arithmetic, resumable to the bit, and something is learned."""
+
+import json
+
+import pytest
+import torch
+from training.embedded import STAGES, STEP_TOKENS, Steps, Trainer, export, plan, run
+from training.network import Network, Shape
+from training.positions import LONGEST, jumping_positions
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+CPU = torch.device("cpu")
+SMALL = Shape(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+
+
+def trainer(steps: int = 6) -> Trainer:
+    return Trainer(plan(((64, 256 * steps), (128, 256 * 2)), 256), SMALL, CPU, seed=1)
+
+
+def advance(one: Trainer, steps: int) -> list[float]:
+    documents = Steps(one.plan, one.step, one.seed)
+    return [float(one.train(*documents[i])[0]) for i in range(steps)]
+
+
+def test_the_network_is_transformers_llama_to_the_bit(tmp_path):
+    network = Network(SMALL)
+    network.initialise(3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for tensor in network.parameters():  # what begins at zero would hide a mistake
+            tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.05)
+            tensor.copy_(tensor.to(torch.bfloat16))
+    export(network, tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert type(stock) is LlamaForCausalLM
+    ids = torch.randint(0, 320, (2, 111), generator=generator)
+    positions = torch.arange(111).expand(2, -1)
+    with torch.no_grad():
+        wanted = stock.model(ids).last_hidden_state
+        found = network.hidden(ids, positions)
+        normed = torch.nn.functional.rms_norm(found, (32,), network.model.norm.weight, 1e-5)
+        losses, right = network.losses(found, ids.reshape(-1))
+        logits = stock(ids).logits.reshape(-1, 320)
+    torch.testing.assert_close(normed.view(wanted.shape), wanted, rtol=1e-4, atol=1e-5)
+    expected = torch.nn.functional.cross_entropy(logits, ids.reshape(-1), reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(right, logits.argmax(-1) == ids.reshape(-1))
+
+
+def test_a_training_cut_in_two_ends_with_the_same_bits(tmp_path):
+    whole, first, second = trainer(), trainer(), trainer()
+    advance(whole, 8)
+    advance(first, 5)
+    first.save(tmp_path / "checkpoint")
+    second.load(tmp_path / "checkpoint")
+    assert second.step == 5
+    advance(second, 3)
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, second.network.state_dict()[name]), name
+
+
+def test_something_is_learned():
+    losses = advance(trainer(40), 40)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_piece_logs_stops_and_saves(tmp_path):
+    one = trainer()
+    run(one, tmp_path, seconds=0.0, workers=0)
+    assert one.step == 1
+    run(one, tmp_path, seconds=1e9, workers=0, every=2)
+    assert one.step == one.plan.steps == 8
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 4, 6, 8]
+    assert json.loads((tmp_path / "checkpoint/step.json").read_text()) == {"step": 8, "seed": 1}
+
+
+def test_the_rate_rises_stays_and_declines():
+    whole = plan(STAGES, STEP_TOKENS)
+    rates = [whole.rate(step) for step in range(whole.steps)]
+    assert rates[0] == pytest.approx(0.01)
+    assert rates[100] == rates[whole.steps // 2] == 1.0
+    assert rates[-1] == pytest.approx(0.05, abs=0.001)
+    assert [whole.lengths[0], whole.lengths[-1]] == [512, 131_072]
+
+
+@pytest.mark.parametrize("length", [64, 512, 131_072])
+def test_positions_rise_and_some_leap_far(length):
+    positions = jumping_positions(64, length, torch.Generator().manual_seed(0))
+    steps = positions.diff(dim=1)
+    assert (positions[:, 0] == 0).all()
+    assert steps.min() == 1
+    assert positions.max() < LONGEST
+    plain = (steps == 1).all(1).float().mean()
+    assert 0.1 < plain < 0.5
+    assert positions.max() > 0.3 * LONGEST
+    assert (steps > 1).sum(1).max() <= 15
