@@ -1,5 +1,7 @@
-"""Makes ``training`` importable without putting the repository root, which holds a folder
-called kernels, on the path."""
+"""Makes ``training`` importable.
+
+The repository root stays off the path: it holds kernels, a name that belongs to Hugging Face.
+"""
 
 import importlib.util
 import sys

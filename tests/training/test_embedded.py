@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
 from training.embedded import STAGES, STEP_TOKENS, Steps, Trainer, export, plan, run
 from training.network import Network, Shape
 from training.positions import LONGEST, jumping_positions
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 CPU = torch.device("cpu")
 SMALL = Shape(
