@@ -18,7 +18,7 @@ HAYSTACKS = 120
 
 THOROUGH_HAYSTACKS = 600
 
-QUICK_HAYSTACKS = 6
+QUICK_HAYSTACKS = 10
 
 CPU_NOISE_HAYSTACKS = 1
 """A CPU computes in fp32, where rounding flips next to nothing, and all pairs cost it minutes."""

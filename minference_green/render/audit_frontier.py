@@ -121,7 +121,7 @@ def cheapest(found: Findings, length: int) -> str:
             return f"At {at} nothing could be lost, so no budget can be chosen."
         best = max(known, key=lambda p: p.kept.value or 0.0)
         return (
-            f"At {at} no method and budget keeps {ENOUGH:.0%} of the answers; {best.method} comes "
+            f"At {at} no method and budget keeps {100 * ENOUGH:g} % of the answers; {best.method} comes "
             f"nearest with {100 * (best.kept.value or 0):.1f} %."
         )
     if priced:
@@ -140,7 +140,7 @@ def cheapest(found: Findings, length: int) -> str:
         share = 1 - (chosen.joules_per_mtok or 0.0) / dense.joules_per_mtok
         than = f", {abs(100 * share):.0f} % {'less' if share >= 0 else 'more'} than dense"
     return (
-        f"At {at} the {least} that keeps {ENOUGH:.0%} of the answers is {chosen.method}'s: "
+        f"At {at} the {least} that keeps {100 * ENOUGH:g} % of the answers is {chosen.method}'s: "
         f"{100 * (chosen.kept.value or 0):.1f} % kept{bound}, {price}{than}."
     )
 

@@ -1,7 +1,6 @@
 """Audits with known answers: a stand-in for a model, and files made from what it says."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from minference_green.auditing.audit import InProcess, audit
 from minference_green.auditing.loop import Progress, ask_everything
 from minference_green.auditing.plan import AuditRequest
 from minference_green.auditing.score import Score
-from minference_green.corpus.haystack import haystack
+from minference_green.corpus.haystack import DEFAULT, haystack
 from minference_green.corpus.kinds import KINDS
 from minference_green.corpus.recipe import Recipe
 from minference_green.corpus.records import Fact
@@ -46,7 +45,7 @@ class Named:
 class StandIn:
     """Answers as ``wrong`` says, from real haystacks."""
 
-    def __init__(self, wrong: Wrong, recipe: Recipe) -> None:
+    def __init__(self, wrong: Wrong, recipe: Recipe = DEFAULT) -> None:
         self.wrong, self.recipe = wrong, recipe
 
     def prompt(self, index: int, length: int) -> Prompt:
@@ -79,14 +78,13 @@ class StandIn:
         return scores
 
 
-@pytest.fixture
-def planned(tmp_path: Path) -> Callable[..., Audit]:
+@pytest.fixture(scope="session")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Audit]:
     """An audit of a stand-in that errs as told, written and read as any other."""
 
     def make(wrong: Wrong, *, haystacks: int = 24, arms=("dense", "a-shape"), **request) -> Audit:
         length = 12 * 1024
-        recipe = Recipe()
-        respondent = StandIn(wrong, recipe)
+        respondent = StandIn(wrong)
         names = (*arms, NOISE_FLOOR)
 
         def serve(conversation) -> None:
@@ -116,12 +114,30 @@ def planned(tmp_path: Path) -> Callable[..., Audit]:
         asked = AuditRequest(
             methods=arms, context_lengths=(length,), haystacks=haystacks, meter="none", **request
         )
-        return load_audit(audit(asked, tmp_path, Quiet(), serve))
+        return load_audit(audit(asked, tmp_path_factory.mktemp("audits"), Quiet(), serve))
 
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def kinds() -> tuple[str, ...]:
     """Every kind of information."""
     return KINDS
+
+
+@pytest.fixture(scope="session")
+def stand_in() -> type[StandIn]:
+    """The stand-in itself."""
+    return StandIn
+
+
+@pytest.fixture(scope="session")
+def named() -> type[Named]:
+    """An arm that is only a name."""
+    return Named
+
+
+@pytest.fixture(scope="session")
+def quiet() -> Quiet:
+    """Progress nobody watches."""
+    return Quiet()

@@ -1,0 +1,198 @@
+"""What a report says of answers whose errors are known."""
+
+import random
+
+import pytest
+
+from minference_green.findings import findings, treatment
+from minference_green.ledger import NOISE_FLOOR
+from minference_green.render.audit import audit_document, conclusion
+from minference_green.render.audit_frontier import cheapest, picture
+from minference_green.render.audit_page import audit_page, heat_map
+from minference_green.retention import Finding
+
+LENGTH = 12 * 1024
+
+
+def chance(share, *what):
+    """Whether something of this share happens, always the same for the same question."""
+    return random.Random(repr(what)).random() < share
+
+
+def sometimes(arm, haystack, fact, place):
+    """Dense errs in one of twenty; the other arm there and in three of ten inside the prompt."""
+    if chance(0.05, haystack, fact.id):
+        return True
+    return arm == "a-shape" and place == "inside" and chance(0.3, haystack, fact.id, "sparse")
+
+
+@pytest.fixture(scope="module")
+def half_blind(planned):
+    return planned(sometimes)
+
+
+def test_retention_is_told_apart_by_place(half_blind):
+    arm = findings(half_blind).arm(LENGTH, "a-shape")
+    assert arm.places["inside"].retention.value == pytest.approx(0.7, abs=0.06)
+    assert arm.places["after"].retention.value == 1.0
+    assert arm.places["inside"].verdict.finding is Finding.LOSS
+    assert arm.places["after"].verdict.finding is not Finding.LOSS
+    assert arm.places["after"].retention.low < 1.0
+
+
+def test_a_loss_spread_evenly_names_no_kind_and_no_depth(half_blind):
+    arm = findings(half_blind).arm(LENGTH, "a-shape")
+    assert arm.kinds.named == ()
+    assert arm.depths.named == ()
+
+
+def test_every_sheet_has_as_many_cells_as_columns(half_blind):
+    document = audit_document(half_blind)
+    assert len(document.sheets) >= 8
+    for sheet in document.sheets:
+        assert all(len(row) == len(sheet.columns) for row in sheet.rows), sheet.caption
+
+
+def test_the_conclusion_is_one_plain_sentence_with_both_figures(half_blind):
+    (sentence,) = conclusion(findings(half_blind))
+    assert sentence.startswith("At 12k tokens a-shape keeps of the answers ")
+    assert "inside the prompt, a loss beyond 2 points is shown" in sentence
+    assert "100 % [" in sentence
+
+
+@pytest.mark.parametrize("kind", ["hex", "negated", "script"])
+def test_a_method_that_drops_one_kind_has_that_kind_named_and_no_other(planned, kind):
+    def drops(arm, haystack, fact, place):
+        return arm == "a-shape" and fact.kind == kind and chance(0.7, haystack, fact.id)
+
+    arm = findings(planned(drops)).arm(LENGTH, "a-shape")
+    assert arm.kinds.named == (kind,)
+    assert arm.depths.named == ()
+    assert arm.disparity.worst == kind
+
+
+def test_a_method_that_drops_a_range_of_depths_has_that_range_named(planned):
+    def drops(arm, haystack, fact, place):
+        return arm == "a-shape" and 0.4 <= fact.depth < 0.6 and chance(0.8, haystack, fact.id)
+
+    arm = findings(planned(drops)).arm(LENGTH, "a-shape")
+    assert arm.depths.named == ("0.4-0.6",)
+    assert arm.kinds.named == ()
+
+
+def test_a_kind_that_dense_fails_is_not_testable_rather_than_unharmed(planned):
+    def fails(arm, haystack, fact, place):
+        return fact.kind == "hex" or (arm == "a-shape" and chance(0.2, haystack, fact.id))
+
+    found = findings(planned(fails))
+    kinds = {g.name: g for g in found.arm(LENGTH, "a-shape").kinds.groups}
+    assert kinds["hex"].untestable == "few-right"
+    assert kinds["date"].untestable is None
+    assert "not testable" in heat_map(found, LENGTH)
+
+
+def test_a_model_that_fails_everything_loses_nothing_and_is_told_so(planned):
+    audit = planned(lambda *_: True, haystacks=2)
+    assert "nothing can be lost" in conclusion(findings(audit))[0]
+    assert "n/a" in str(audit_document(audit).sheets[0].rows)
+    assert "nothing can be lost" in audit_page(audit)
+
+
+def test_flips_both_ways_balance_and_are_no_loss(planned):
+    def swaps(arm, haystack, fact, place):
+        dense_wrong = chance(0.1, haystack, fact.id)
+        swapped = arm == "a-shape" and chance(0.1, haystack, fact.id, "swap")
+        if not swapped:
+            return dense_wrong
+        return chance(0.5, haystack, fact.id, "way")
+
+    arm = findings(planned(swaps)).arm(LENGTH, "a-shape")
+    assert arm.flips.lost > 0
+    assert arm.flips.gained > 0
+    assert arm.kinds.named == ()
+
+
+def test_conflicting_facts_enter_the_preference_and_nothing_else(planned):
+    audit = planned(lambda *_: False)
+    arm = findings(audit).arm(LENGTH, "a-shape")
+    conflicting = [i for i in arm.items if i.asked.regime == "conflicting"]
+    assert conflicting
+    assert len(arm.answers) == len(arm.items) - len(conflicting)
+    assert arm.preference_shift.items == len(conflicting)
+    assert arm.preference_shift.mean == pytest.approx(-2.0)  # from +1 under dense to -1
+    assert all(t.name != "conflicting" for t in arm.treatments)
+
+
+def test_the_noise_floor_is_told_beside_the_flips_and_judged_by_nobody(half_blind):
+    found = findings(half_blind)
+    assert NOISE_FLOOR not in {arm.method for arm in found.compared}
+    flips = next(s for s in audit_document(half_blind).sheets if "Beyond noise" in s.columns)
+    assert NOISE_FLOOR in {row[1] for row in flips.rows}
+
+
+def test_facts_are_grouped_by_how_they_are_put(half_blind):
+    arm = findings(half_blind).arm(LENGTH, "a-shape")
+    names = [t.name for t in arm.treatments]
+    assert names[0] == "plain"
+    assert {"2 hops", "3 hops", "updated", "legend", "2 mentions"} <= set(names)
+    assert sum(t.dense_right for t in arm.treatments) == int(arm.answers.dense_right.sum())
+    assert treatment(arm.items[0].asked) in names
+
+
+def test_a_random_index_below_and_an_oracle_above_give_the_regret(planned):
+    shares = {"a-shape": 0.3, "oracle": 0.1, "random": 0.8}
+
+    def errs(arm, haystack, fact, place):
+        return chance(shares.get(arm, 0.0), haystack, fact.id)
+
+    audit = planned(errs, arms=("dense", "a-shape", "oracle", "random"), haystacks=8)
+    computed = [
+        {"event": "computed", "context_length": LENGTH, "method": m, "density": 0.2} for m in shares
+    ]
+    from minference_green.ledger import EVENT
+
+    told = tuple(EVENT.validate_python(c) for c in computed)
+    audit = audit.model_copy(update={"events": (*audit.events, *told)})
+    (regret,) = (s for s in audit_document(audit).sheets if s.caption.startswith("Regret"))
+    lead = {(row[2], row[3]): float(row[-1].split()[0]) for row in regret.rows}
+    assert lead["oracle", "inside the prompt"] > 0 > lead["random", "inside the prompt"]
+    headline = audit_document(audit).sheets[0]
+    (oracle,) = (row for row in headline.rows if row[1] == "oracle")
+    assert oracle[-1].startswith("n/a")
+
+
+def test_the_cheapest_budget_that_keeps_enough_is_named(planned):
+    shares = {"a-shape x0.25": 0.5, "a-shape x0.5": 0.1, "a-shape": 0.0, "a-shape x2": 0.0}
+
+    def errs(arm, haystack, fact, place):
+        return chance(shares.get(arm, 0.0), haystack, fact.id)
+
+    audit = planned(errs, arms=("dense", *shares), haystacks=6, frontier=True)
+    sentence = cheapest(findings(audit), LENGTH)
+    assert "keeps 99 % of the answers is a-shape" in sentence
+    assert "x0.25" not in sentence
+    assert "no energy was measured" in sentence
+    drawn = picture(findings(audit), LENGTH)
+    assert drawn.count("<circle") == 5 + 2  # five points, two names
+    assert "seconds per million tokens" in drawn
+    assert drawn in audit_page(audit)
+
+
+def test_no_budget_that_keeps_enough_is_said_with_the_nearest(planned):
+    def errs(arm, haystack, fact, place):
+        return arm != "dense" and chance(0.4 if "x" in arm else 0.2, haystack, fact.id)
+
+    arms = ("dense", "a-shape x0.5", "a-shape")
+    sentence = cheapest(findings(planned(errs, arms=arms, haystacks=6)), LENGTH)
+    assert "no method and budget keeps" in sentence
+    assert "a-shape comes nearest" in sentence
+
+
+def test_the_page_asks_nothing_of_any_network_and_holds_every_kind(half_blind, kinds):
+    page = audit_page(half_blind)
+    assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert "https://" not in page
+    assert "<script" not in page
+    for kind in kinds:
+        assert f">{kind}<" in page
+    assert len(page.encode()) < 300_000
