@@ -159,6 +159,11 @@ def test_a_prompt_beyond_the_models_context_is_refused(respondent: ModelResponde
         respondent.prompt(0, 2049)
 
 
+def test_a_prompt_too_short_for_its_questions_is_refused(respondent: ModelRespondent) -> None:
+    with pytest.raises(UsageError, match="too short for 6 questions"):
+        respondent.prompt(0, 400)
+
+
 def test_conflicting_statements_are_held_against_each_other() -> None:
     found = next(
         h
