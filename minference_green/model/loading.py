@@ -1,7 +1,7 @@
 """From a model spec to a model ready to prefill.
 
 ============================  ==================================================================
-``embedded``                  the default: a small planted model, nothing to download
+``embedded``                  the default: a small trained model of bytes, part of the package
 ``planted:<shape>``           stock class and shape of a published model, invented weights
 ``<directory>``               config.json and safetensors; the network is not touched
 ``<organisation>/<name>``     a model of the Hugging Face hub, the only spec that may download
@@ -19,7 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from minference_green.corpus.haystack import haystack
 from minference_green.errors import UsageError
+from minference_green.methods.official import read_patterns
 from minference_green.methods.patterns import Patterns
 from minference_green.model.directory import (
     check_config,
@@ -33,8 +35,17 @@ from minference_green.model.planted import SHAPES
 from minference_green.model.planting import RECIPE, plant
 from minference_green.workload import Workload, synthetic_tokens
 
-EMBEDDED_SHAPE = "tiny"
-"""The planted shape that ``embedded`` stands for."""
+EMBEDDED = Path(__file__).parent / "embedded"
+"""The model that comes with the package: config.json, weights and head patterns."""
+
+PATTERN_FILE = "minference_patterns.json"
+"""Head patterns that a model's directory may carry, in MInference's format."""
+
+BYTES_FLAG = "minference_green_bytes"
+"""A configuration that holds this as true is of a model whose token ids are UTF-8 bytes."""
+
+_SHORTEST_HAYSTACK = 8192
+"""Bytes in which every haystack's facts have room; a shorter prompt is the beginning of one."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -60,12 +71,18 @@ class LoadedModel:
     directory: Path | None
     """Where its tokenizer is."""
 
+    @property
+    def reads_bytes(self) -> bool:
+        """Whether token ids are the bytes of UTF-8 text."""
+        return bool(getattr(self.model.config, BYTES_FLAG, False))
+
     def prompt(self, workload: Workload, context_length: int) -> Tensor:
         """Token ids, int64 ``[batch, context_length]``, on the model's device.
 
         Synthetic: the model's first token if it has one, then tokens drawn evenly from all
-        others, each row its own. A text file: its first tokens, the same in every row. Raises
-        ``UsageError`` if the model is not made for the length, or a text cannot fill it.
+        others, each row its own; for a model of bytes a made-up text full of facts and
+        questions, as an audit asks them. A text file: its first tokens, the same in every row.
+        Raises ``UsageError`` if the model is not made for the length, or a text cannot fill it.
         """
         if not self.allow_longer and self.max_context and context_length > self.max_context:
             raise UsageError(
@@ -81,6 +98,10 @@ class LoadedModel:
         return torch.stack(rows).to(self.model.device)
 
     def _synthetic(self, seed: int, row: int, length: int) -> Tensor:
+        if self.reads_bytes:
+            size = max(length, _SHORTEST_HAYSTACK)
+            text = haystack(seed, row, length=size).text
+            return torch.tensor([*self._opening, *text][:length])
         if self.bos is None:
             return torch.from_numpy(synthetic_tokens(seed, row, length, self.vocabulary))
         drawn = torch.from_numpy(synthetic_tokens(seed, row, length - 1, self.vocabulary - 1))
@@ -110,7 +131,13 @@ class LoadedModel:
             )
         return torch.tensor(ids[:length])
 
+    @property
+    def _opening(self) -> tuple[int, ...]:
+        return () if self.bos is None else (self.bos,)
+
     def _tokenizer_ids(self, text: str) -> list[int]:
+        if self.reads_bytes:
+            return [*self._opening, *text.encode()]
         if self.directory is None:
             raise UsageError(
                 f"{self.spec} has no tokenizer, so it cannot read a text; use --prompt synthetic"
@@ -145,7 +172,7 @@ def load(
     """
     try:
         if spec == "embedded":
-            return _planted(spec, EMBEDDED_SHAPE, device, dtype, seed, allow_longer)
+            return _trained(spec, EMBEDDED, device, dtype, allow_longer)
         if spec.startswith("planted:"):
             return _planted(spec, spec.removeprefix("planted:"), device, dtype, seed, allow_longer)
         path = Path(spec).expanduser()
@@ -219,7 +246,9 @@ def _trained(
         spec=spec,
         revision=revision_of(directory, files),
         weights="trained",
-        patterns=None,
+        patterns=read_patterns(path).patterns
+        if (path := directory / PATTERN_FILE).exists()
+        else None,
         allow_longer=allow_longer,
         directory=directory,
     )

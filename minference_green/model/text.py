@@ -12,9 +12,6 @@ from minference_green.errors import UsageError
 from minference_green.model.directory import first_line, quiet
 from minference_green.model.loading import LoadedModel
 
-BYTES_FLAG = "minference_green_bytes"
-"""A configuration that holds this as true is of a model whose token ids are UTF-8 bytes."""
-
 
 @dataclass(frozen=True)
 class Tokens:
@@ -86,8 +83,7 @@ def encoder(model: LoadedModel) -> Encoder:
     bytes for its token numbers. Others need a tokenizer with offsets beside their weights:
     raises ``UsageError`` if there is none.
     """
-    config = model.model.config
-    if getattr(config, BYTES_FLAG, False) or model.directory is None:
+    if model.reads_bytes or model.directory is None:
         if model.vocabulary < 256:
             raise UsageError(
                 f"{model.spec} has {model.vocabulary} tokens, too few for the 256 bytes"

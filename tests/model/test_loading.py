@@ -11,9 +11,16 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from minference_green.errors import UsageError
+from minference_green.model import loading
 from minference_green.model.loading import load
 from minference_green.workload import Workload, synthetic_tokens
 
@@ -53,10 +60,14 @@ def workload(**settings):
     return Workload(model="m", context_lengths=(8,), **settings)
 
 
-def test_the_embedded_model_is_planted_and_carries_its_patterns():
-    model = loaded("embedded")
-    assert (model.spec, model.weights) == ("embedded", "planted weights")
-    assert model.revision == "planted-1 seed 0"
+@pytest.mark.parametrize(
+    ("spec", "weights", "revision"),
+    [("embedded", "trained", "sha256:"), ("planted:tiny", "planted weights", "planted-1 seed 0")],
+)
+def test_a_model_that_comes_with_the_package_carries_its_patterns(spec, weights, revision):
+    model = loaded(spec)
+    assert (model.spec, model.weights) == (spec, weights)
+    assert model.revision.startswith(revision)
     config = model.model.config
     assert len(model.patterns) == config.num_hidden_layers
     assert len(model.patterns[0]) == config.num_attention_heads
@@ -114,8 +125,39 @@ def test_loading_prints_nothing(directory):
     assert (done.stdout, done.stderr) == ("", "")
 
 
-def test_a_synthetic_prompt_begins_with_the_first_token_and_is_drawn_from_all_others():
+def test_the_embedded_model_is_a_stock_class_that_anyone_can_load(no_network):
+    model = AutoModelForCausalLM.from_pretrained(loading.EMBEDDED, dtype=torch.float32)
+    assert type(model) is LlamaForCausalLM
+    asked = (
+        "The price of Alba Toro is 417.0382. The motto of Una Ribe is \"tal ne ros\". "
+        "\nQuestion: What is the price of Alba Toro?\nAnswer: The price of Alba Toro is "
+    )
+    ids = torch.tensor([[256, *asked.encode(), *b"417.0382"]])
+    with torch.inference_mode():
+        likeliest = model(ids).logits[0, -9:-1].argmax(-1)
+    assert bytes(likeliest.tolist()) == b"417.0382"
+
+
+def test_a_model_of_bytes_is_given_a_text_of_facts_as_its_synthetic_prompt():
     model = loaded("embedded")
+    prompt = model.prompt(workload(batch=2, seed=5), 9000)
+    assert prompt.shape == (2, 9000)
+    assert (prompt[:, 0] == model.bos).all()
+    texts = [bytes(row[1:].tolist()).decode(errors="ignore") for row in prompt]
+    assert texts[0] != texts[1]
+    assert all(text.count("Question: What is the ") >= 14 for text in texts)
+    assert torch.equal(model.prompt(workload(seed=5), 9000)[0], prompt[0])
+    assert model.prompt(workload(), 100).shape == (1, 100)
+
+
+def test_a_model_of_bytes_reads_a_text_without_a_tokenizer(tmp_path):
+    (tmp_path / "prompt.txt").write_text("naïve")
+    prompt = loaded("embedded").prompt(workload(prompt=str(tmp_path / "prompt.txt")), 7)
+    assert prompt.tolist() == [[256, *"naïve".encode()]]
+
+
+def test_a_synthetic_prompt_begins_with_the_first_token_and_is_drawn_from_all_others():
+    model = loaded("planted:tiny")
     prompt = model.prompt(workload(batch=2, seed=5), 3000)
     assert prompt.shape == (2, 3000)
     assert prompt.dtype == torch.int64
@@ -181,7 +223,7 @@ def test_a_text_that_changed_is_refused(with_tokenizer, tmp_path):
 def test_a_text_without_a_tokenizer_says_what_to_do(directory, tmp_path):
     (tmp_path / "prompt.txt").write_text("a b c")
     assert "add the model's tokenizer.json" in text_error(directory, tmp_path / "prompt.txt")
-    assert "use --prompt synthetic" in text_error("embedded", tmp_path / "prompt.txt")
+    assert "use --prompt synthetic" in text_error("planted:tiny", tmp_path / "prompt.txt")
 
 
 def test_a_text_that_cannot_be_read_is_named(with_tokenizer, tmp_path):
@@ -340,5 +382,5 @@ def test_a_model_too_big_for_its_device_says_so(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14 GiB\nmore")
 
     monkeypatch.setattr("minference_green.model.loading.plant", full)
-    with pytest.raises(UsageError, match=r"embedded does not fit on cpu: .*14 GiB; free the"):
-        loaded("embedded")
+    with pytest.raises(UsageError, match=r"planted:tiny does not fit on cpu: .*14 GiB; free"):
+        loaded("planted:tiny")
