@@ -69,7 +69,8 @@ def facts(run: Run) -> tuple[tuple[str, str], ...]:
     """Machine, model, energy source, carbon factor, workload and plan, as (label, text)."""
     header, print_ = run.header, run.header.fingerprint
     plan, workload = header.plan, header.workload
-    tokens = workload.prompt if workload.prompt_sha256 is None else f"text {workload.prompt}"
+    drawn = "synthetic facts and text" if print_.model == "embedded" else "synthetic tokens"
+    prompt = drawn if workload.prompt_sha256 is None else f"text {workload.prompt} tokens"
     done = len(run.blocks_done)
     planned = run.blocks_planned
     stood = f"{planned} blocks" if run.complete else f"{done} of {planned} blocks finished"
@@ -83,7 +84,7 @@ def facts(run: Run) -> tuple[tuple[str, str], ...]:
             f"{print_.model} at {print_.model_revision}, {print_.weights}, "
             f"{_count(print_.parameters)} parameters, {print_.dtype}",
         ),
-        ("Prompt", f"{tokens} tokens, batch {workload.batch}, seed {workload.seed}"),
+        ("Prompt", f"{prompt}, batch {workload.batch}, seed {workload.seed}"),
         *((("Dense kernel", kernels),) if (kernels := _dense_kernels(run)) else ()),
         *(("Auto", text) for text in _decisions(run)),
         *((("Rest of the model", f"fused: {print_.rest}"),) if print_.rest != "stock" else ()),
