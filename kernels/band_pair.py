@@ -15,7 +15,7 @@ key tiles into a ring in shared memory, two groups of four warps consume them, o
 tile. Programs stay resident and take pair after pair, so that the next pair's copies run while
 this one's output is written. A ring slot is free after two arrivals, one from each group or both
 from a private tile's owner. Within a group the logits of a tile are computed beside the
-weighted values of the tile before, whose softmax hides under both.
+weighted values of the tile before; its softmax then hides under those.
 """
 
 import torch
@@ -38,8 +38,8 @@ from minference_green.kernels.tile import LN_2, LOG2_E, count_below, padded
 
 NO_TILE = gl.constexpr(NONE)
 
-RING = 4
-"""Key tiles in shared memory. Even: private tiles in turn keep to slots of their own parity."""
+RING = 6
+"""Key tiles in shared memory, as many as fit."""
 
 REGISTERS = 168
 """At the start, for all twelve warps; the consumers then take those the producer gives up."""
@@ -80,6 +80,10 @@ def _copy(desc, column_desc, slots, full, empty, t, place, row, column, is_band,
     b, h, kv_head = place
     s = t % RING
     mbarrier.wait(empty.index(s), ((t // RING) & 1) ^ 1)
+    # A group waits for every item or every other, so for item t only once t - 2 is under way.
+    # Then t - RING, the last in that slot, must have arrived: one bit cannot tell it from t.
+    before = t + 2 - RING
+    mbarrier.wait(full.index(before % RING), (before // RING) & 1, pred=before >= 0)
     if left_out:
         mbarrier.arrive(full.index(s), count=1)
     else:
@@ -140,6 +144,33 @@ def _produce(
 
 
 @gluon.jit
+def _packed(p, dtype: gl.constexpr):
+    """Neighbouring columns as one 32-bit number: halves of registers are costly to carry."""
+    even, odd = gl.split(p.reshape([p.shape[0], p.shape[1] // 2, 2]))
+    bfloat16: gl.constexpr = dtype == gl.bfloat16
+    asm: gl.constexpr = (
+        "cvt.rn.bf16x2.f32 $0, $2, $1;" if bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    )
+    return gl.inline_asm_elementwise(asm, "=r,f,f", [even, odd], gl.int32, False, 1)
+
+
+@gluon.jit
+def _unpacked(words, dtype: gl.constexpr, OUT: gl.constexpr):
+    """What :func:`_packed` made, as the left operand of a product; moves nothing."""
+    low = words.to(gl.int16).to(dtype, bitcast=True)
+    high = (words >> 16).to(gl.int16).to(dtype, bitcast=True)
+    both = gl.join(low, high).reshape([words.shape[0], words.shape[1] * 2])
+    return gl.convert_layout(both, gl.DotOperandLayout(0, OUT, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _partial_sum(p):
+    """Sums over the columns a thread holds."""
+    quads = p.reshape([p.shape[0], p.shape[1] // 8, 4, 2])
+    return gl.sum(gl.sum(quads, 3), 1)
+
+
+@gluon.jit
 def _logits(q, ring, t, LOGITS: gl.constexpr, TILE: gl.constexpr, DIM: gl.constexpr,
             RING: gl.constexpr):  # fmt: skip
     """Start the product of the queries with key tile ``t``."""
@@ -151,12 +182,12 @@ def _logits(q, ring, t, LOGITS: gl.constexpr, TILE: gl.constexpr, DIM: gl.conste
 
 
 @gluon.jit
-def _add_values(acc, weights, ring, u, TILE: gl.constexpr, DIM: gl.constexpr, RING: gl.constexpr):
-    """Start adding the weighted values of tile ``u``."""
-    _, vs, _, _, v_full, _ = ring
-    mbarrier.wait(v_full.index(u % RING), (u // RING) & 1)
+def _add_values(acc, weights, ring, u, OUT: gl.constexpr, TILE: gl.constexpr, DIM: gl.constexpr,
+                RING: gl.constexpr):  # fmt: skip
+    """Start adding the weighted values of tile ``u``, which are there."""
+    _, vs, _, _, _, _ = ring
     v = vs.index(u % RING).reshape([TILE, DIM])
-    return warpgroup_mma(weights, v, acc, is_async=True)
+    return warpgroup_mma(_unpacked(weights, v.dtype, OUT), v, acc, is_async=True)
 
 
 @gluon.jit
@@ -184,23 +215,29 @@ def _step(
 ):  # fmt: skip
     """Logits of key tile ``t`` beside the weighted values of the tile before, then its softmax.
 
-    The state: accumulator, weights of the tile before, row maxima and sums, that tile and
-    whether it is private.
+    The state: accumulator, weights of the tile before, row maxima, each thread's part of the
+    row sums, that tile and whether it is private. ``seen``: infinity where seen, else minus that.
     """
     acc, weights, row_max, row_sum, u, u_private = state
-    ks, _, _, k_empty, _, _ = ring
+    ks, _, _, k_empty, v_full, _ = ring
     logits = _logits(q, ring, t, LOGITS, TILE, DIM, RING)
-    acc = _add_values(acc, weights, ring, u, TILE, DIM, RING)
+    acc = _add_values(acc, weights, ring, u, OUT, TILE, DIM, RING)
     logits = warpgroup_mma_wait(1, deps=[logits])
     mbarrier.arrive(k_empty.index(t % RING), count=2 if PRIVATE else 1)
     if MASKED:
-        logits = gl.where(gl.expand_dims(seen, 0), logits, float("-inf"))
+        # Unlike a sum or a product, a minimum hides a NaN.
+        logits = gl.minimum(logits, gl.expand_dims(seen, 0))
     new_max = gl.maximum(row_max, gl.max(logits, 1) * qk_scale)
     p = gl.exp2(logits * qk_scale - gl.expand_dims(new_max, 1))
     shrink = gl.exp2(row_max - new_max)
-    row_sum = row_sum * shrink + gl.sum(p, 1)
-    weights = gl.convert_layout(p.to(ks.dtype), gl.DotOperandLayout(0, OUT, 2))
+    part = _partial_sum(p)
+    shrink_sum = gl.convert_layout(shrink, gl.SliceLayout(1, part.type.layout))
+    row_sum = row_sum * gl.expand_dims(shrink_sum, 1) + part
+    # This wait also keeps the compiler from moving the softmax behind the next one.
+    mbarrier.wait(v_full.index(t % RING), (t // RING) & 1)
     acc = warpgroup_mma_wait(0, deps=[acc])
+    # Not before: the product that was waited for reads the same registers.
+    weights = _packed(p, ks.dtype)
     _free_values(ring, u, u_private, RING)
     acc = acc * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, OUT)), 1)
     return acc, weights, new_max, row_sum, t, PRIVATE
@@ -220,9 +257,8 @@ def _consume(
     KEYS: gl.constexpr = gl.SliceLayout(0, LOGITS)
     # Each warp holds the mask of a column tile, two columns a lane.
     LANES: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     qs, q_full, q_empty = queries
-    _, _, _, k_empty, _, _ = ring
+    _, _, _, k_empty, v_full, _ = ring
     shared_ptr, first_ptr, second_ptr, first_left_ptr, second_left_ptr = counts
     rows = gl.arange(0, TILE, gl.SliceLayout(1, LOGITS))
     keys = gl.arange(0, TILE, KEYS)
@@ -237,8 +273,9 @@ def _consume(
         own_r0 = r0 + SIDE * TILE
         at = listed * n_pairs + pair
         n_shared = gl.load(shared_ptr + at)
-        n_turns = gl.maximum(gl.load(first_ptr + at), gl.load(second_ptr + at))
-        n_private = gl.load((first_ptr if SIDE == 0 else second_ptr) + at)
+        n_first = gl.load(first_ptr + at)
+        n_second = gl.load(second_ptr + at)
+        n_private = n_first if SIDE == 0 else n_second
         n_left = gl.load((first_left_ptr if SIDE == 0 else second_left_ptr) + at)
         n_column_tiles = (gl.load(second_left_ptr + at) + TILE - 1) // TILE
         own_shared = lists_ptr + listed * n_starts
@@ -249,20 +286,24 @@ def _consume(
         q = qs.index(SIDE).reshape([TILE, DIM]).load(gl.DotOperandLayout(0, LOGITS, 2))
         mbarrier.arrive(q_empty.index(SIDE), count=1)
 
+        # Passed over, not left alone: see _copy.
+        if SIDE == 0:
+            _pass_over(ring, t, 1, RING)
         # The diagonal: item 0 is the second tile's alone, item 1 the first tile's. Every row
         # sees itself there, so its maximum is finite from here on.
         diagonal = t + 1 - SIDE
         logits = _logits(q, ring, diagonal, LOGITS, TILE, DIM, RING)
         logits = warpgroup_mma_wait(0, deps=[logits])
-        mbarrier.arrive(k_empty.index(diagonal % RING), count=1 + SIDE)
+        mbarrier.arrive(k_empty.index(diagonal % RING), count=1)
         causal = gl.expand_dims(keys, 0) <= gl.expand_dims(rows, 1)
         logits = gl.where(causal, logits, float("-inf"))
         row_max = gl.max(logits, 1) * qk_scale
         p = gl.exp2(logits * qk_scale - gl.expand_dims(row_max, 1))
-        row_sum = gl.sum(p, 1)
-        weights = gl.convert_layout(p.to(qs.dtype), gl.DotOperandLayout(0, OUT, 2))
+        row_sum = _partial_sum(p)
+        weights = _packed(p, qs.dtype)
+        mbarrier.wait(v_full.index(diagonal % RING), (diagonal // RING) & 1)
         acc = gl.zeros([TILE, DIM], gl.float32, OUT)
-        state = (acc, weights, row_max, row_sum, diagonal, SIDE == 1)
+        state = (acc, weights, row_max, row_sum, diagonal, False)
 
         # The second tile sees the first's diagonal tile whole if its band starts at e = 0.
         begin = t + 2
@@ -290,7 +331,7 @@ def _consume(
         for i in range(n_past + n_column_tiles):
             seen = left & (((word >> (e & 31)) & 1) == 0)
             seen = seen | ((i < n_past) & (lanes >= past))
-            seen = gl.convert_layout(seen.to(gl.int32), KEYS) != 0
+            seen = gl.convert_layout(gl.where(seen, float("inf"), float("-inf")), KEYS)
             # The next tile's mask is on its way while this tile is computed.
             left = column < n_left
             e = own_r0 - 1 - position
@@ -312,28 +353,30 @@ def _consume(
             )  # fmt: skip
         for i in range(n_whole, n_private):
             state = _step(
-                t + 2 * i + SIDE, state, q, ring, qk_scale, keys >= past,
+                t + 2 * i + SIDE, state, q, ring, qk_scale,
+                gl.where(keys >= past, float("inf"), float("-inf")),
                 LOGITS, OUT, TILE, DIM, RING, True, True,
             )  # fmt: skip
 
         acc, weights, row_max, row_sum, u, u_private = state
-        acc = _add_values(acc, weights, ring, u, TILE, DIM, RING)
+        acc = _add_values(acc, weights, ring, u, OUT, TILE, DIM, RING)
         acc = warpgroup_mma_wait(0, deps=[acc])
         _free_values(ring, u, u_private, RING)
+        n_turns = gl.maximum(n_first, n_second)
         for i in range(n_private, n_turns):
             _pass_over(ring, t + 2 * i + SIDE, 2, RING)
         t += 2 * n_turns
         phase ^= 1
 
+        row_sum = gl.convert_layout(gl.sum(row_sum, 1), gl.SliceLayout(1, LOGITS))
         out = acc / gl.expand_dims(gl.convert_layout(row_sum, gl.SliceLayout(1, OUT)), 1)
-        out = gl.convert_layout(out.to(out_ptr.dtype.element_ty), STORE)
         m0 = (2 * pair + SIDE) * TILE
-        out_rows = m0 + gl.arange(0, TILE, gl.SliceLayout(1, STORE))
-        dims = gl.arange(0, DIM, gl.SliceLayout(0, STORE))
+        out_rows = m0 + gl.arange(0, TILE, gl.SliceLayout(1, OUT))
+        dims = gl.arange(0, DIM, gl.SliceLayout(0, OUT))
         out_at = b.to(gl.int64) * out_batch + head * out_head
         out_at += gl.expand_dims(out_rows.to(gl.int64) * out_row, 1) + gl.expand_dims(dims, 0)
         kept = gl.expand_dims(out_rows < n_q, 1) & gl.expand_dims(dims < HEAD_DIM, 0)
-        gl.store(out_ptr + out_at, out, kept)
+        gl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), kept)
         if HAS_LSE:
             lse = (row_max + gl.log2(row_sum)) * LN_2
             gl.store(lse_ptr + listed * n_q + m0 + rows, lse, m0 + rows < n_q)
