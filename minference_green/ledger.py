@@ -61,11 +61,16 @@ class AuditPlan(Record):
     margin_points: float
     """A loss of this many percentage points is the least that matters."""
     quick: bool
+    text: str | None = None
+    """The user's own text, which is prefilled in place of haystacks; nothing is asked about it."""
+    text_sha256: str | None = None
     budgets: tuple[float, ...] = ()
     """Multiples of each sparse method's budgets that are arms of their own; empty: as given."""
 
     def haystacks_of(self, method: str) -> int:
-        """Haystacks that an arm is asked about."""
+        """Haystacks that an arm is asked about; the user's own text is one."""
+        if self.text is not None:
+            return 1
         return self.noise_haystacks if method == NOISE_FLOOR else self.haystacks
 
 
@@ -169,6 +174,35 @@ class Computed(Record):
     recall_worst_head: float | None = None
 
 
+class KindOfText(Record):
+    """What a method's prefill of the user's own text lost of one kind of information."""
+
+    kind: str
+    tokens: int
+    """Of this kind in the prompt."""
+    attention: float | None
+    """Share of all dense attention mass on them; null where recall is."""
+    recall: float | None
+    """Of that mass, the share kept; null if the method does not show its index."""
+    positions: int
+    """Rows before such tokens whose predictions were compared."""
+    kl_nats: float | None
+    """Of the arm's prediction from dense prefill's, mean over them; null without any."""
+    top1_agreement: float | None
+    nll_change_nats: float | None
+    """Of the text's own token, arm less dense."""
+
+
+class OfText(Record):
+    """One method on the user's own text at one length, kind by kind."""
+
+    event: Literal["of_text"] = "of_text"
+    context_length: int
+    method: str
+    tokens: int
+    kinds: tuple[KindOfText, ...]
+
+
 class Spent(Record):
     """Energy and time of one stretch of the audit."""
 
@@ -208,7 +242,7 @@ class Spent(Record):
 
 
 Event = Annotated[
-    AuditHeader | Asked | Answered | Spent | Backends | Computed | Skip | Note | Seal,
+    AuditHeader | Asked | Answered | Spent | Backends | Computed | OfText | Skip | Note | Seal,
     Field(discriminator="event"),
 ]
 EVENT: TypeAdapter[Event] = TypeAdapter(Event)
@@ -241,6 +275,8 @@ class Audit(Record):
     def answers_done(self) -> int:
         """Answers on file, of arms that were not given up."""
         skipped = self._skipped
+        if self.header.plan.text is not None:
+            return sum((o.context_length, o.method) not in skipped for o in self.of(OfText))
         return sum((a.context_length, a.method) not in skipped for a in self.of(Answered))
 
     @property

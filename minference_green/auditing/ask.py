@@ -105,12 +105,7 @@ class ModelRespondent:
 
     def prompt(self, index: int, length: int) -> Prompt:
         """See :class:`Respondent`. Raises ``UsageError`` if the model is not made for it."""
-        limit = self.model.max_context
-        if limit and length > limit and not self.model.allow_longer:
-            raise UsageError(
-                f"{self.model.spec} is made for {limit} tokens, {length} were asked; "
-                "choose a shorter --context, or --allow-longer to audit it all the same"
-            )
+        self.model.check_length(length)
         found, text = self._fitted(index, length)
         return lay_out(found, text, self.encoder, self.model.model.device)
 

@@ -32,6 +32,7 @@ from minference_green.ledger import (
     AuditPlan,
     Computed,
     Event,
+    OfText,
     Spent,
     load_audit,
 )
@@ -177,7 +178,7 @@ class Conversation:
                 if not (self.events and isinstance(self.events[-1], Seal)):
                     self.events.append(self.journal.seal())
         except KeyboardInterrupt:
-            answers = any(isinstance(e, Answered) for e in self.events)
+            answers = any(isinstance(e, Answered | OfText) for e in self.events)
             raise InterruptedAuditError(self.directory, has_answers=answers) from None
         finally:
             for meter in self._meters:
@@ -225,7 +226,7 @@ class Conversation:
                 self.record(self._spent(message))
             case "record":
                 self.record(EVENT.validate_python(message["record"]))
-                if message["record"]["event"] == "answered":
+                if message["record"]["event"] in ("answered", "of_text"):
                     self.progress.advance()
             case "error":
                 raise WorkerError(message["message"], ExitCode(message["exit_code"]))
@@ -251,6 +252,7 @@ class Conversation:
         if self.plan is None:
             self.plan = resolve(self.request, self._device["kind"])
         events = self.events
+        answers = [e for e in events if isinstance(e, Answered)]
         return {
             "model": self.request.model,
             "methods": arms_asked(self.request.methods),
@@ -259,7 +261,8 @@ class Conversation:
             "plan": self.plan.model_dump(mode="json"),
             "asked": [(e.context_length, e.haystack) for e in events if isinstance(e, Asked)],
             "answered": [
-                (e.context_length, e.haystack, e.method) for e in events if isinstance(e, Answered)
+                *((e.context_length, e.haystack, e.method) for e in answers),
+                *((e.context_length, 0, e.method) for e in events if isinstance(e, OfText)),
             ],
             "computed": [e.model_dump(mode="json") for e in events if isinstance(e, Computed)],
             "backends": {e.context_length: e.chosen for e in events if isinstance(e, Backends)},
@@ -358,16 +361,23 @@ def serve_worker(conversation: Conversation) -> None:
 
 def _workload(request: AuditRequest, plan: AuditPlan) -> Workload:
     """The plan as what a fingerprint holds of it; its hash covers all that changes the prompts."""
-    asked = f"{plan.haystacks} haystacks of {plan.inside} + {plan.after} + {plan.end} questions"
-    kinds = ",".join(plan.kinds)
+    prompt, sha256 = _prompts(plan), plan.filler_sha256
+    if plan.text is not None:
+        prompt, sha256 = plan.text, plan.text_sha256
     return Workload(
         model=request.model,
         context_lengths=plan.context_lengths,
         dtype=plan.dtype,
         seed=plan.seed,
-        prompt=f"{asked} on {kinds} among {plan.competitors} others of a kind, in {plan.filler}",
-        prompt_sha256=plan.filler_sha256,
+        prompt=prompt,
+        prompt_sha256=sha256,
     )
+
+
+def _prompts(plan: AuditPlan) -> str:
+    asked = f"{plan.haystacks} haystacks of {plan.inside} + {plan.after} + {plan.end} questions"
+    kinds = ",".join(plan.kinds)
+    return f"{asked} on {kinds} among {plan.competitors} others of a kind, in {plan.filler}"
 
 
 class InProcess:

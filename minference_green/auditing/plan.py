@@ -23,6 +23,9 @@ QUICK_HAYSTACKS = 10
 CPU_NOISE_HAYSTACKS = 1
 """A CPU computes in fp32, where rounding flips next to nothing, and all pairs cost it minutes."""
 
+LEAST_TEXT_TOKENS = 1024
+"""A shorter text gives a sparse method nothing to leave out."""
+
 LEAST_FILLER_BYTES = 2000
 """A text of the user's own must have some: a line repeated a thousand times is no document."""
 
@@ -49,6 +52,8 @@ class AuditRequest(Record):
     """Kinds to ask about; empty: all."""
     filler: str = "prose"
     filler_sha256: str | None = None
+    text: str | None = None
+    text_sha256: str | None = None
     quick: bool = False
     thorough: bool = False
     frontier: bool = False
@@ -99,6 +104,8 @@ def resolve(request: AuditRequest, device_kind: str) -> AuditPlan:
         dtype=("bfloat16" if gpu else "float32") if request.dtype == "auto" else request.dtype,
         margin_points=request.margin_points,
         quick=quick,
+        text=request.text,
+        text_sha256=request.text_sha256,
         budgets=FRONTIER_BUDGETS if request.frontier else (),
     )
 

@@ -17,6 +17,7 @@ from minference_green.auditing.arms import EqualDensity, arms
 from minference_green.auditing.ask import ModelRespondent, Prompt, Respondent, show
 from minference_green.auditing.audit import Conversation, InProcess
 from minference_green.auditing.loop import Parent, Progress, ask_everything, out_of_memory, skip
+from minference_green.auditing.own_text import of_text, own_text
 from minference_green.auditing.plan import read_text
 from minference_green.channel import Message
 from minference_green.corpus.filler import FILLERS, OwnText
@@ -29,7 +30,7 @@ from minference_green.methods.backend import synchronize
 from minference_green.methods.dense import Dense, free_bytes
 from minference_green.methods.method import PrefillMethod, ProfiledMethod
 from minference_green.model.loading import LoadedModel, load
-from minference_green.model.text import encoder
+from minference_green.model.text import Encoder, encoder
 from minference_green.results import Backends
 from minference_green.torch_device import describe_device, free_memory, resolve_device
 from minference_green.worker import TimesBackends, identity, work
@@ -71,6 +72,9 @@ def serve(
         task["methods"], task["options"], model, budgets=plan.budgets, seed=plan.seed, own=own
     )
     reader = encoder(model)
+    if plan.text is not None:
+        _serve_text(parent, task, plan, model, methods, reader)
+        return
     respondent = ModelRespondent(
         model=model,
         encoder=reader,
@@ -117,20 +121,42 @@ def serve(
 
 
 def own_filler(plan: AuditPlan) -> str | OwnText:
-    """The filler that the plan names: one of the package's, or the text of a file.
-
-    Raises ``UsageError`` for a file that cannot be read, is not UTF-8 or has changed.
-    """
+    """The filler that the plan names: one of the package's, or the text of a file."""
     if plan.filler in FILLERS:
         return plan.filler
-    content = read_text(Path(plan.filler), "--filler")
+    return OwnText(_unchanged(plan.filler, plan.filler_sha256, "--filler"))
+
+
+def _unchanged(file: str, sha256: str | None, option: str) -> str:
+    """The text of a file; raises ``UsageError`` unless it is what was planned with."""
+    content = read_text(Path(file), option)
     found = hashlib.sha256(content.encode()).hexdigest()
-    if found != plan.filler_sha256:
+    if found != sha256:
         raise UsageError(
-            f"the filler {plan.filler} has changed since this audit was planned: sha256 "
-            f"{found[:16]}..., was {str(plan.filler_sha256)[:16]}...; restore it or start anew"
+            f"{option} {file} has changed since this audit was planned: sha256 {found[:16]}..., "
+            f"was {str(sha256)[:16]}...; restore it or start anew"
         )
-    return OwnText(content)
+    return content
+
+
+def _serve_text(
+    parent: Parent,
+    task: Message,
+    plan: AuditPlan,
+    model: LoadedModel,
+    methods: Mapping[str, PrefillMethod],
+    reader: Encoder,
+) -> None:
+    """The user's own text under every arm, in place of haystacks."""
+    assert plan.text is not None
+    content = _unchanged(plan.text, plan.text_sha256, "--text")
+    texts = {n: own_text(content, reader, model, n) for n in plan.context_lengths}
+    parent.ask("loaded", **identity(model, methods))
+    done = {(n, m) for n, _, m in task["answered"]} | {(n, m) for n, m in task["excluded"]}
+    for length, text in texts.items():
+        arms = {n: m for n, m in methods.items() if (length, n) not in done}
+        if arms:
+            of_text(parent, model, text, length, arms)
 
 
 def serve_here(

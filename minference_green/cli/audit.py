@@ -55,6 +55,13 @@ def audit(
     thorough: Annotated[
         bool, typer.Option("--thorough", help="600 haystacks, which can show small losses.")
     ] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="A document of your own (UTF-8) to read instead: what each kind of information in "
+            "it loses. Nothing is asked, no labels are needed."
+        ),
+    ] = None,
     frontier: Annotated[
         bool,
         typer.Option(
@@ -96,7 +103,7 @@ def audit(
 ) -> None:
     """Ask a model about known facts after dense and after sparse prefill: what is lost, of what."""
     from minference_green.auditing import audit as job
-    from minference_green.auditing.plan import AuditRequest, known_kinds
+    from minference_green.auditing.plan import AuditRequest, known_kinds, read_text
     from minference_green.cli.progress import open_audit_progress
 
     if resume is not None:
@@ -106,6 +113,8 @@ def audit(
             _finish(lambda: job.resume(directory, progress), json_output)
         return
     filler_name, filler_sha256 = _filler(filler)
+    if text is not None:
+        _refuse_beside_text(context_of_command)
     request = AuditRequest(
         model=model,
         methods=parse_methods(methods),
@@ -115,6 +124,8 @@ def audit(
         kinds=known_kinds([k.strip() for k in kinds.split(",") if k.strip()]) if kinds else (),
         filler=filler_name,
         filler_sha256=filler_sha256,
+        text=None if text is None else str(text.resolve()),
+        text_sha256=None if text is None else _sha256(read_text(text, "--text")),
         quick=quick,
         thorough=thorough,
         frontier=frontier,
@@ -129,6 +140,18 @@ def audit(
     )
     with open_audit_progress(quiet) as progress:
         _finish(lambda: job.audit(request, output, progress), json_output)
+
+
+def _refuse_beside_text(context: typer.Context) -> None:
+    """A text of the user's own has no haystacks; what is said of them would be ignored."""
+    for name in ("haystacks", "kinds", "filler", "quick", "thorough", "margin"):
+        given = context.get_parameter_source(name)
+        if given and given.name == "COMMANDLINE":
+            raise UsageError(f"--{name} is about haystacks and --text reads none; leave one out")
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _filler(name: str) -> tuple[str, str | None]:
@@ -150,8 +173,7 @@ def _filler(name: str) -> tuple[str, str | None]:
             f"--filler {path} holds {len(text.encode())} bytes, at least {LEAST_FILLER_BYTES} are "
             "needed: a shorter text repeats itself all over the prompt"
         )
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return str(path.resolve()), digest
+    return str(path.resolve()), _sha256(text)
 
 
 def _finish(ask: Callable[[], Path], json_output: bool) -> None:

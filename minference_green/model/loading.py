@@ -84,11 +84,7 @@ class LoadedModel:
         questions, as an audit asks them. A text file: its first tokens, the same in every row.
         Raises ``UsageError`` if the model is not made for the length, or a text cannot fill it.
         """
-        if not self.allow_longer and self.max_context and context_length > self.max_context:
-            raise UsageError(
-                f"{self.spec} is made for {self.max_context} tokens, {context_length} were asked; "
-                "choose a shorter length, or --allow-longer to measure it all the same"
-            )
+        self.check_length(context_length)
         if workload.prompt == "synthetic":
             rows = [
                 self._synthetic(workload.seed, row, context_length) for row in range(workload.batch)
@@ -96,6 +92,14 @@ class LoadedModel:
         else:
             rows = [self._text(workload, context_length)] * workload.batch
         return torch.stack(rows).to(self.model.device)
+
+    def check_length(self, context_length: int) -> None:
+        """Raise ``UsageError`` if the model is not made for a prompt of so many tokens."""
+        if not self.allow_longer and self.max_context and context_length > self.max_context:
+            raise UsageError(
+                f"{self.spec} is made for {self.max_context} tokens, {context_length} were asked; "
+                "choose a shorter length, or --allow-longer to measure it all the same"
+            )
 
     def _synthetic(self, seed: int, row: int, length: int) -> Tensor:
         if self.reads_bytes:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minference_green.findings import PLACES, YARDSTICKS, Arm, Findings, Place, findings
-from minference_green.ledger import NOISE_FLOOR, Audit
+from minference_green.ledger import NOISE_FLOOR, Audit, KindOfText, OfText
 from minference_green.render.audit_frontier import cheapest, frontier_sheet
 from minference_green.render.document import Document, Sheet
 from minference_green.render.numbers import ABSENT, significant
@@ -24,6 +24,8 @@ NO_PRICE = "a yardstick reads all attention before it leaves some out; what it t
 
 def audit_document(audit: Audit, directory: Path | None = None) -> Document:
     """The report of an audit; ``directory`` is where its file lies, for the resume line."""
+    if audit.header.plan.text is not None:
+        return text_document(audit, directory)
     found = findings(audit)
     notes = _Footnotes()
     sheets = [_headline(found, notes)]
@@ -162,6 +164,76 @@ def _places(found: Findings) -> tuple[str, ...]:
 
 def _key(arm: Arm) -> tuple[str, str]:
     return format_length(arm.length), arm.method
+
+
+SPOKEN_TOKENS = 20
+"""A kind with fewer tokens in a text stands in its table and not in its sentence."""
+
+
+def text_document(audit: Audit, directory: Path | None) -> Document:
+    """The report of an audit of the user's own text."""
+    told = [t for t in audit.of(OfText) if t.method != audit.header.methods[0].name]
+    sentences = []
+    for of in told:
+        known = [k for k in of.kinds if k.recall is not None and k.tokens >= SPOKEN_TOKENS]
+        if of.method == NOISE_FLOOR or not known:
+            continue
+        worst, best = min(known, key=_recall), max(known, key=_recall)
+        sentences.append(
+            f"Of the attention that {format_length(of.tokens)} tokens of your text get, "
+            f"{of.method} keeps least of that to {worst.kind} ({100 * _recall(worst):.1f} %) and "
+            f"most of that to {best.kind} ({100 * _recall(best):.1f} %); one text has no interval."
+        )
+    header = audit.header
+    return Document(
+        facts=_facts(findings(audit)),
+        doubts=tuple(_doubts(findings(audit), directory)),
+        sheets=tuple(_of_text(of) for of in told),
+        footnotes=(),
+        conclusion=tuple(sentences)
+        or (f"No method's index was seen on {header.plan.text}: nothing is told of attention.",),
+    )
+
+
+def _recall(kind: KindOfText) -> float:
+    assert kind.recall is not None
+    return kind.recall
+
+
+def _of_text(of: OfText) -> Sheet:
+    def percent(share: float | None) -> str:
+        return ABSENT if share is None else f"{100 * share:.1f} %"
+
+    kinds = sorted(of.kinds, key=lambda k: (k.recall is None, k.recall or 0, -(k.kl_nats or 0)))
+    return Sheet(
+        f"{of.method} on {of.tokens} tokens of the text: attention kept by kind of the token "
+        "looked at (dense queries and keys), and predictions of such tokens against dense ones",
+        (
+            "Method",
+            "Kind",
+            "Tokens",
+            "Attention to it",
+            "Kept",
+            "Predicted",
+            "KL nats",
+            "Top-1 same",
+            "NLL change",
+        ),
+        tuple(
+            (
+                of.method,
+                k.kind,
+                str(k.tokens),
+                percent(k.attention),
+                percent(k.recall),
+                str(k.positions),
+                significant(k.kl_nats, 2),
+                percent(k.top1_agreement),
+                ABSENT if k.nll_change_nats is None else f"{k.nll_change_nats:+.4f}",
+            )
+            for k in kinds
+        ),
+    )
 
 
 def _headline(found: Findings, notes: _Footnotes) -> Sheet:
@@ -486,6 +558,13 @@ def _facts(found: Findings) -> tuple[tuple[str, str], ...]:
     )
     joules = found.joules
     kernels = {b.context_length: b.chosen for b in found.audit.of(Backends)}
+    asked = (
+        f"{plan.haystacks} haystacks of {each} questions ({plan.inside} inside, {plan.after} "
+        f"after, {plan.end} at the end) on {len(plan.kinds)} kinds, in {plan.filler}, seed "
+        f"{plan.seed}{', quick' if plan.quick else ''}"
+    )
+    if plan.text is not None:
+        asked = f"nothing; {plan.text} was read, sha256 {str(plan.text_sha256)[:16]}"
     return (
         ("Machine", "; ".join([*([devices] if devices else []), print_.cpu, *versions])),
         (
@@ -493,23 +572,24 @@ def _facts(found: Findings) -> tuple[tuple[str, str], ...]:
             f"{print_.model} at {print_.model_revision}, {print_.weights}, "
             f"{significant(print_.parameters / 1e6, 3)} M parameters, {print_.dtype}",
         ),
-        (
-            "Asked",
-            f"{plan.haystacks} haystacks of {each} questions ({plan.inside} inside, {plan.after} "
-            f"after, {plan.end} at the end) on {len(plan.kinds)} kinds, in {plan.filler}, seed "
-            f"{plan.seed}{', quick' if plan.quick else ''}",
-        ),
-        ("Dense right", right),
+        ("Asked", asked),
+        *((("Dense right", right),) if plan.text is None else ()),
         *(
             (("Dense kernel", ", ".join(f"{k} at {format_length(n)}" for n, k in kernels.items())),)
             if kernels
             else ()
         ),
         ("Energy", header.energy),
-        (
-            "This audit",
-            f"{significant(joules, 3)} J in {significant(found.seconds, 3)} s of set-up, prefills "
-            "and questions",
+        *(
+            (
+                (
+                    "This audit",
+                    f"{significant(joules, 3)} J in {significant(found.seconds, 3)} s of set-up, "
+                    "prefills and questions",
+                ),
+            )
+            if plan.text is None
+            else ()
         ),
         ("Audit", f"{header.audit_id}, {header.created_at}, minference-green {header.version}"),
     )
@@ -524,7 +604,7 @@ def _doubts(found: Findings, directory: Path | None) -> Iterator[str]:
             f"Incomplete: {audit.answers_done} of {audit.answers_planned} answers. Go on with: "
             f"green-bench audit --resume {directory or audit.header.audit_id}"
         )
-    if plan.quick:
+    if plan.quick and plan.text is None:
         yield "Quick audit: few haystacks, which can show only a large loss."
     if audit.header.fingerprint.weights != "trained":
         yield "The weights are invented: the model knows no text, its answers mean nothing."

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minference_green.findings import PLACES, Arm, Findings, findings
-from minference_green.ledger import Audit
+from minference_green.ledger import Audit, OfText
 from minference_green.render.audit import audit_document
 
 
@@ -25,6 +25,7 @@ def audit_json(audit: Audit, directory: Path | None = None) -> str:
         "seconds": found.seconds,
         "conclusion": document.conclusion,
         "doubts": document.doubts,
+        "text": [t.model_dump(mode="json") for t in audit.of(OfText)],
         "arms": [_arm(found, arm) for arm in found.arms],
     }
     return json.dumps(record, indent=1, default=str) + "\n"

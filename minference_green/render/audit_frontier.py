@@ -121,8 +121,8 @@ def cheapest(found: Findings, length: int) -> str:
             return f"At {at} nothing could be lost, so no budget can be chosen."
         best = max(known, key=lambda p: p.kept.value or 0.0)
         return (
-            f"At {at} no method and budget keeps {100 * ENOUGH:g} % of the answers; {best.method} comes "
-            f"nearest with {100 * (best.kept.value or 0):.1f} %."
+            f"At {at} no method and budget keeps {100 * ENOUGH:g} % of the answers; {best.method} "
+            f"comes nearest with {100 * (best.kept.value or 0):.1f} %."
         )
     if priced:
         chosen = min(priced, key=lambda p: p.joules_per_mtok or 0.0)

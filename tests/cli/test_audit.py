@@ -201,6 +201,34 @@ def test_a_filler_that_is_too_short_is_refused_with_the_least(call: Call) -> Non
     assert "holds 9 bytes, at least 2000 are needed" in err
 
 
+def test_a_text_of_the_users_own_is_read_kind_by_kind(
+    green_bench: GreenBench, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text("The pump moved 12.5 kg on 2024-02-29, not before, said Anna Brel. " * 40)
+    done = green_bench(
+        "audit", "--text", file, "--methods", "a-shape", "--context", "2k", "--device", "cpu",
+        "--method-option", "a-shape.n_local=64", "--no-energy", "--output", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "a-shape keeps least of that to" in done.stdout
+    for word in ("measure", "date", "negated", "name", "KL nats"):
+        assert word in done.stdout
+    found = load_audit(only(tmp_path))
+    assert found.complete
+    assert not list(found.of(Answered))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--haystacks", "3"), ("--kinds", "hex"), ("--filler", "code")]
+)
+def test_what_is_said_of_haystacks_is_refused_beside_a_text(call: Call, option, value) -> None:
+    Path("mine.txt").write_text("words " * 1000)
+    code, _, err = call("audit", "--text", "mine.txt", option, value)
+    assert code == 2
+    assert f"{option} is about haystacks and --text reads none" in err
+
+
 class Named(Dense):
     """Dense under another name, that looks at each haystack first."""
 
