@@ -42,7 +42,8 @@ class AuditPlan(Record):
     """What an audit asks of every arm."""
 
     context_lengths: tuple[int, ...]
-    """Tokens of a prompt, the model's first token and an end question among them."""
+    """Tokens of a prompt, the model's first token among them; with an end question those of the
+    text and that question."""
     haystacks: int
     noise_haystacks: int
     """Of them, those that the noise floor is asked about."""

@@ -1,5 +1,8 @@
 """Puts a haystack's questions to a model: one prefill, many answers over its cache.
 
+A question at the prompt's end needs a prompt of its own, whose last rows are that question and
+not the text's: a second prefill.
+
 Nothing is generated. The right answer is given token by token, and each of its tokens must be
 the most likely one; that holds exactly when greedy decoding would write the answer::
 
@@ -53,17 +56,21 @@ class Prompt:
 
     haystack: Haystack
     ids: Tensor
-    """``[1, N]``: the model's opening, the text, and the end question up to its answer."""
-    n_text: int
-    """Tokens up to the text's end, where the questions after it go on."""
+    """``[1, N]``: the model's opening and the text."""
     rows: Tensor
-    """Rows that predict the tokens of inside answers, in the order of ``inside``; with an end
-    question the last row behind them."""
+    """Rows that predict the tokens of inside answers, in the order of ``inside``; the last row
+    where there are none."""
     inside: tuple[Ready, ...]
     end: Ready | None
     after: tuple[Ready, ...]
     spans: Callable[[int, int], tuple[int, int]]
     """From bytes ``[start, end)`` of the text to tokens ``[first, last)`` of ``ids``."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Of all its prefills: the text, and with an end question the text once more before it."""
+        once = self.ids.shape[1]
+        return once if self.end is None else 2 * once + len(self.end.before)
 
     @property
     def questions(self) -> tuple[Ready, ...]:
@@ -73,11 +80,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prefilled:
-    """What one prefill left."""
+    """What the prefills of one haystack left."""
 
     logits: Tensor
     """``[R, vocabulary]`` of the prompt's rows."""
     cache: Any
+    end_logits: Tensor | None
+    """``[1, vocabulary]`` of the last row behind the end question."""
+    end_cache: Any | None
 
 
 class Respondent(Protocol):
@@ -112,31 +122,37 @@ class ModelRespondent:
     @torch.inference_mode()
     def prefill(self, prompt: Prompt, method: PrefillMethod) -> Prefilled:
         """See :class:`Respondent`."""
+        end_logits = end_cache = None
         with switched(self.model.model, method, dense=Dense()):
-            out = self.model.model(input_ids=prompt.ids, use_cache=True, logits_to_keep=prompt.rows)
-        return Prefilled(out.logits[0], out.past_key_values)
+            logits, cache = self._prefill(prompt.ids, prompt.rows)
+            if prompt.end is not None:
+                question = torch.tensor([prompt.end.before], device=prompt.ids.device)
+                end_logits, end_cache = self._prefill(torch.cat([prompt.ids, question], 1), 1)
+        return Prefilled(logits, cache, end_logits, end_cache)
 
     @torch.inference_mode()
     def answers(self, prompt: Prompt, prefilled: Prefilled) -> list[Score]:
-        """See :class:`Respondent`; dense attention over the cache, which is used up."""
-        logits, cache = prefilled.logits, prefilled.cache
+        """See :class:`Respondent`; dense attention over the caches, which are used up."""
+        probes = [r.probe for r in prompt.inside]
+        scores = score(prefilled.logits[: sum(len(p.answer) for p in probes)], probes)
         dense = Dense()
-        n_inside = sum(len(r.probe.answer) for r in prompt.inside)
-        scores = score(logits[:n_inside], [r.probe for r in prompt.inside])
         with switched(self.model.model, dense, dense=dense):
             if prompt.end is not None:
+                assert prefilled.end_logits is not None
                 # The prompt's last row predicts the first token, the cache the others.
-                rows = [logits[n_inside:]]
+                rows = [prefilled.end_logits]
                 if rest := prompt.end.probe.answer[:-1]:
-                    rows.append(self._go_on(cache, rest, len(rest)))
+                    rows.append(self._go_on(prefilled.end_cache, rest, len(rest)))
                 scores += score(torch.cat(rows), [prompt.end.probe])
-                cache.crop(prompt.n_text - prompt.ids.shape[1])
             for ready in prompt.after:
-                answer = ready.probe.answer
-                scores += score(
-                    self._go_on(cache, (*ready.before, *answer[:-1]), len(answer)), [ready.probe]
-                )
+                tokens = (*ready.before, *ready.probe.answer[:-1])
+                found = self._go_on(prefilled.cache, tokens, len(ready.probe.answer))
+                scores += score(found, [ready.probe])
         return scores
+
+    def _prefill(self, ids: Tensor, keep: int | Tensor) -> tuple[Tensor, Any]:
+        out = self.model.model(input_ids=ids, use_cache=True, logits_to_keep=keep)
+        return out.logits[0], out.past_key_values
 
     def _go_on(self, cache: Any, tokens: Sequence[int], keep: int) -> Tensor:
         """Logits of the last ``keep`` of some tokens over the cache, which is left as it was."""
@@ -149,7 +165,7 @@ class ModelRespondent:
         return logits
 
     def _fitted(self, index: int, length: int) -> tuple[Haystack, Tokens]:
-        """The haystack whose prompt has ``length`` tokens; a few less where a token is no byte."""
+        """The haystack whose longest prompt has ``length`` tokens, or not quite if no bytes."""
         # The questions are the same at every length.
         questions = plan(self.seed, index, length=ANY_BYTES, recipe=self.recipe).questions
         end = next((q for q in questions if q.place == "end"), None)
@@ -179,7 +195,7 @@ def lay_out(
     encoder: Encoder,
     device: torch.device,
 ) -> Prompt:
-    """Opening, text and end question as token ids, and every question ready to be asked.
+    """Opening and text as token ids, and every question ready to be asked.
 
     Of several end questions the first is asked: a prompt has one end.
     """
@@ -201,14 +217,11 @@ def lay_out(
         rows += range(first + shift - 1, last + shift - 1)
     ends = (q for q in found.questions if q.place == "end")
     at_end = next((_ready(q, facts[q.fact], encoder) for q in ends), None)
-    ids = [*encoder.opening, *text.ids, *(() if at_end is None else at_end.before)]
-    if at_end is not None or not rows:
-        rows.append(len(ids) - 1)
+    ids = [*encoder.opening, *text.ids]
     return Prompt(
         haystack=found,
         ids=torch.tensor([ids], device=device),
-        n_text=shift + len(text.ids),
-        rows=torch.tensor(rows, device=device),
+        rows=torch.tensor(rows or [len(ids) - 1], device=device),
         inside=tuple(inside),
         end=at_end,
         after=tuple(

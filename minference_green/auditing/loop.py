@@ -70,8 +70,8 @@ def ask_everything(
     ``prompts_in_memory`` how many caches fit. An arm that runs out of memory is skipped from
     there on, and the others go on.
     """
-    slowest = max(seconds.values(), default=1.0)
-    size = min(prompts_in_memory, MOST_IN_GROUP, math.ceil(WINDOW_SECONDS / slowest))
+    fastest = min(seconds.values(), default=1.0)
+    size = min(prompts_in_memory, MOST_IN_GROUP, math.ceil(WINDOW_SECONDS / fastest))
     lost: set[str] = set()
     for number, first in enumerate(range(0, max(haystacks.values()), max(1, size))):
         group = range(first, first + max(1, size))
@@ -116,7 +116,7 @@ def _ask_group(
     prompts: Mapping[int, Prompt],
     device: torch.device,
 ) -> None:
-    n_tokens = sum(p.ids.shape[1] for p in prompts.values())
+    n_tokens = sum(p.n_tokens for p in prompts.values())
     cell = {"context_length": length, "method": name}
     parent.ask("cell", step="prefilling with", **cell)
     states: dict[int, Any] = {}

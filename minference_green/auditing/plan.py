@@ -70,8 +70,9 @@ class AuditRequest(Record):
 def resolve(request: AuditRequest, device_kind: str) -> AuditPlan:
     """What a request means on a ``gpu`` or a ``cpu``.
 
-    A quick audit gives a first answer within a minute on a small CPU and can show only a large
-    loss. Raises ``UsageError`` for settings that contradict each other or name nothing.
+    A quick audit gives a first answer within a minute on a small CPU, can show only a large loss
+    and asks no question at a prompt's end, which would take a second prefill. Raises
+    ``UsageError`` for settings that contradict each other or name nothing.
     """
     gpu = device_kind == "gpu"
     quick = request.quick or not (gpu or request.thorough)
@@ -95,7 +96,7 @@ def resolve(request: AuditRequest, device_kind: str) -> AuditPlan:
         noise_haystacks=haystacks if gpu else min(haystacks, CPU_NOISE_HAYSTACKS),
         inside=7 if short else 14,
         after=7 if short else 14,
-        end=1,
+        end=0 if quick else 1,
         competitors=1 if short else 3,
         kinds=known_kinds(request.kinds),
         filler=request.filler,

@@ -225,7 +225,7 @@ def _prepare(
                 left = respondent.prefill(prompt, method)
             synchronize(device)
             ready.seconds[name] = time.monotonic() - began
-            cache_bytes = _bytes_of(left.cache)
+            cache_bytes = _bytes_of(left.cache) + _bytes_of(left.end_cache)
             del left
         except torch.OutOfMemoryError as error:
             skip(parent, length, name, out_of_memory(error))
@@ -273,7 +273,8 @@ class _Watched:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> Tensor:
         """As the method does it."""
-        if not isinstance(self._method, ProfiledMethod):
+        # A second prefill, before an end question, is much like the first.
+        if layer in self._density or not isinstance(self._method, ProfiledMethod):
             return self._method.attend(q, k, v, scale=scale, layer=layer)
         profile = self._method.profile(q, k, v, scale=scale, layer=layer)
         self._density[layer] = tuple(profile.density.tolist())
@@ -300,8 +301,12 @@ class _Watched:
 
 
 def _bytes_of(cache: Any) -> int:
-    """Memory of a cache's keys and values."""
-    return sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    """Memory of a cache's keys and values; none without a cache."""
+    return (
+        0
+        if cache is None
+        else sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    )
 
 
 if __name__ == "__main__":

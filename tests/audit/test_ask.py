@@ -52,10 +52,10 @@ def whole(model: LoadedModel, tokens: list[int]) -> torch.Tensor:
 
 
 def test_a_prompt_is_exactly_as_long_as_asked(prompt: Prompt) -> None:
-    assert prompt.ids.shape == (1, LENGTH)
     assert prompt.ids[0, 0] == 256
     assert prompt.end is not None
-    assert prompt.n_text + len(prompt.end.before) == LENGTH
+    assert prompt.ids.shape[1] + len(prompt.end.before) == LENGTH
+    assert prompt.n_tokens == prompt.ids.shape[1] + LENGTH
 
 
 def test_every_inside_answer_is_predicted_by_the_rows_before_it(prompt: Prompt) -> None:
@@ -80,15 +80,12 @@ def test_answers_over_the_cache_are_those_of_one_whole_pass(
 ) -> None:
     found = respondent.answers(prompt, respondent.prefill(prompt, Dense()))
     ids = prompt.ids[0].tolist()
-    text = ids[: prompt.n_text]
-    expected = []
-    logits = whole(model, ids)
-    expected += score(logits[prompt.rows[:-1]], [r.probe for r in prompt.inside])
+    expected = score(whole(model, ids)[prompt.rows], [r.probe for r in prompt.inside])
     assert prompt.end is not None
-    for before, base in ((prompt.end, text), *((r, text) for r in prompt.after)):
-        answer = before.probe.answer
-        tokens = [*base, *before.before, *answer[:-1]]
-        expected += score(whole(model, tokens)[-len(answer) :], [before.probe])
+    for ready in (prompt.end, *prompt.after):
+        answer = ready.probe.answer
+        tokens = [*ids, *ready.before, *answer[:-1]]
+        expected += score(whole(model, tokens)[-len(answer) :], [ready.probe])
     assert len(found) == len(expected) == 6
     for ours, one_pass in zip(found, expected, strict=True):
         assert ours.right == one_pass.right
@@ -109,7 +106,7 @@ def test_a_right_answer_is_what_greedy_decoding_writes(
     model: LoadedModel, respondent: ModelRespondent, prompt: Prompt
 ) -> None:
     ready = prompt.after[0]
-    tokens = [*prompt.ids[0, : prompt.n_text].tolist(), *ready.before]
+    tokens = [*prompt.ids[0].tolist(), *ready.before]
     written: list[int] = []
     for _ in range(4):
         written.append(int(whole(model, [*tokens, *written])[-1].argmax()))
@@ -143,7 +140,7 @@ def test_without_an_end_question_the_text_fills_the_prompt(model: LoadedModel) -
     recipe = dataclasses.replace(RECIPE, end=0)
     asked = ModelRespondent(model, Bytes((256,)), 0, "prose", recipe).prompt(0, LENGTH)
     assert asked.end is None
-    assert asked.n_text == LENGTH == asked.ids.shape[1]
+    assert asked.ids.shape[1] == asked.n_tokens == LENGTH
 
 
 def test_a_prompt_of_only_questions_after_it_still_has_a_row(model: LoadedModel) -> None:
@@ -182,6 +179,24 @@ def test_conflicting_statements_are_held_against_each_other() -> None:
             (other,) = {m.value for m in fact.mentions} - {fact.value}
             assert other.encode()[rival.at] == rival.token
             assert other.encode()[: rival.at] == fact.value.encode()[: rival.at]
+
+
+def test_an_end_question_has_a_prompt_of_its_own_and_leaves_the_others_alone(
+    respondent: ModelRespondent, prompt: Prompt
+) -> None:
+    lengths = []
+
+    class Watching(Dense):
+        def attend(self, q, k, v, *, scale, layer):
+            if layer == 0:
+                lengths.append(q.shape[2])
+            return super().attend(q, k, v, scale=scale, layer=layer)
+
+    without = dataclasses.replace(prompt, end=None)
+    both = respondent.answers(prompt, respondent.prefill(prompt, Watching()))
+    alone = respondent.answers(without, respondent.prefill(without, Dense()))
+    assert lengths == [prompt.ids.shape[1], LENGTH]
+    assert [*both[:2], *both[3:]] == alone
 
 
 class Curious(Dense):

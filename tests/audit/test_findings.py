@@ -1,6 +1,7 @@
 """What a report says of answers whose errors are known."""
 
 import random
+from xml.etree import ElementTree
 
 import pytest
 
@@ -176,6 +177,7 @@ def test_the_cheapest_budget_that_keeps_enough_is_named(planned):
     assert drawn.count("<circle") == 5 + 2  # five points, two names
     assert "seconds per million tokens" in drawn
     assert drawn in audit_page(audit)
+    ElementTree.fromstring(drawn)
 
 
 def test_no_budget_that_keeps_enough_is_said_with_the_nearest(planned):
@@ -196,3 +198,7 @@ def test_the_page_asks_nothing_of_any_network_and_holds_every_kind(half_blind, k
     for kind in kinds:
         assert f">{kind}<" in page
     assert len(page.encode()) < 300_000
+    svg = heat_map(findings(half_blind), LENGTH)
+    drawn = ElementTree.fromstring(svg[svg.index("<svg") : svg.index("</svg>") + 6])
+    cells = drawn.findall("{http://www.w3.org/2000/svg}rect")
+    assert len(cells) == len(kinds) * 3

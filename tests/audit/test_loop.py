@@ -93,7 +93,9 @@ def test_prefills_of_a_group_share_a_window_that_holds_nothing_else(
     prefills = [s for s in found.of(Spent) if s.what == "prefill" and s.method == "dense"]
     assert [s.prompts for s in prefills] == [3, 2]  # 1 s of 0.4 s each
     tokens = {a.haystack: a.tokens for a in found.of(Asked)}
-    assert prefills[0].tokens == tokens[0] + tokens[1] + tokens[2]
+    # Each text once, and once more with the end question behind it.
+    once = tokens[0] + tokens[1] + tokens[2]
+    assert 2 * once < prefills[0].tokens < 2 * once + 3 * 200
     events = [e for e in found.events if isinstance(e, Spent | Answered) and e.method == "dense"]
     assert [getattr(e, "what", "answer") for e in events[:5]] == [
         "prefill", "answer", "answer", "answer", "questions",

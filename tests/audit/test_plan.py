@@ -45,6 +45,11 @@ def test_a_short_prompt_is_asked_fewer_questions_and_says_so_in_its_plan() -> No
     assert (long.inside, long.after, long.end) == (14, 14, 1)
 
 
+def test_a_quick_audit_asks_no_question_that_takes_a_second_prefill() -> None:
+    assert resolve(AuditRequest(quick=True), "gpu").end == 0
+    assert resolve(AuditRequest(thorough=True), "cpu").end == 1
+
+
 def test_a_cpu_asks_its_noise_floor_about_one_haystack() -> None:
     assert resolve(AuditRequest(), "cpu").noise_haystacks == 1
     assert resolve(AuditRequest(), "gpu").noise_haystacks == 120

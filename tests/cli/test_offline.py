@@ -87,6 +87,12 @@ def test_every_command_runs_without_a_network(blocked, green_bench, small, tmp_p
     call("compare", run, run, codes=(0, 3))
     call("history", run, *root)
     call("check", "--baseline", "none", "--quiet", "--output", tmp_path / "c", *root, codes=(4,))
+    text = tmp_path / "mine.txt"
+    text.write_text("The pump moved 12.5 kg on 2024-02-29, not before. " * 40)
+    call(
+        "audit", "--text", text, "--context", "2k", "--methods", "a-shape", "--device", "cpu",
+        "--output", tmp_path / "audits",
+    )  # fmt: skip
     call("init", tmp_path / "project", codes=(0, 2))
     call(
         "calibrate", "--model", "planted:tiny", "--context", "300", "--window", "0.2s",
