@@ -4,16 +4,17 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from minference_green.auditing.ask import ModelRespondent, Prompt, lay_out, show
+from minference_green.auditing.ask import FILLED, ModelRespondent, Prompt, lay_out, show
 from minference_green.auditing.score import Probe, score
 from minference_green.corpus.haystack import haystack
 from minference_green.corpus.recipe import Recipe
 from minference_green.errors import UsageError
 from minference_green.methods.dense import Dense
 from minference_green.model.loading import LoadedModel
-from minference_green.model.text import Bytes
+from minference_green.model.text import Bytes, Fast
 
 RECIPE = Recipe(inside=2, after=3, end=1, competitors=0)
 LENGTH = 1300
@@ -197,6 +198,43 @@ def test_an_end_question_has_a_prompt_of_its_own_and_leaves_the_others_alone(
     alone = respondent.answers(without, respondent.prefill(without, Dense()))
     assert lengths == [prompt.ids.shape[1], LENGTH]
     assert [*both[:2], *both[3:]] == alone
+
+
+@pytest.fixture(scope="module")
+def merging() -> Fast:
+    """A tokenizer whose tokens are pieces of words, some with the space before them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=318, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    text = haystack(1, 0, length=9000).text.decode()
+    tokenizer.train_from_iterator([text], trainer)
+    return Fast(PreTrainedTokenizerFast(tokenizer_object=tokenizer), (319,))
+
+
+def test_a_tokenizer_that_merges_bytes_is_asked_the_same(model: LoadedModel, merging: Fast) -> None:
+    respondent = ModelRespondent(model, merging, 0, "prose", RECIPE)
+    prompt = respondent.prompt(0, LENGTH)
+    assert prompt.end is not None
+    longest = prompt.ids.shape[1] + len(prompt.end.before)
+    assert FILLED * LENGTH * 0.97 <= longest <= LENGTH
+    ids = prompt.ids[0].tolist()
+    for ready in prompt.questions:
+        answer = merging.tokenizer.decode(list(ready.probe.answer))
+        assert ready.question.answer in answer
+        assert len(answer) <= len(ready.question.answer) + 3  # the space before, the stop behind
+    at = 0
+    for ready in prompt.inside:
+        rows = prompt.rows[at : at + len(ready.probe.answer)]
+        at += len(rows)
+        assert prompt.ids[0, rows + 1].tolist() == list(ready.probe.answer)
+    found = respondent.answers(prompt, respondent.prefill(prompt, Dense()))
+    ready = prompt.after[0]
+    tokens = [*ids, *ready.before, *ready.probe.answer[:-1]]
+    (expected,) = score(whole(model, tokens)[-len(ready.probe.answer) :], [ready.probe])
+    assert found[3].logprob == pytest.approx(expected.logprob, abs=1e-4)
 
 
 class Curious(Dense):
