@@ -214,7 +214,7 @@ def band_attention(
     scale: float,
     out: Tensor | None = None,
     return_lse: bool = False,
-    pairs: bool | None = None,
+    pairs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the pairs that ``index.mask`` shows, for the heads it lists.
 
@@ -225,9 +225,9 @@ def band_attention(
     ``out=None`` allocates it, in q's memory layout. A query tile reads a key only if at least
     one of its rows sees it. Nothing waits for the device.
 
-    ``pairs`` is the kernel of ``band_pair.py``, in which two query tiles share key tiles: by
-    default wherever it fits (Hopper, head_dim up to 128, rows at multiples of 16 bytes),
-    ``False`` never, ``True`` or an error. The pairs attended to are the same.
+    ``pairs`` asks for the kernel of ``band_pair.py``, in which two query tiles share key tiles
+    (Hopper, head_dim up to 128, rows at multiples of 16 bytes; an error elsewhere). It is faster,
+    and no method asks for it: on an H200 it now and then gives a row that is wrong (NOTES.md).
 
     Raises ``ValueError`` with the value on a shape, dtype, device or layout that does not fit.
     """
@@ -243,10 +243,9 @@ def band_attention(
     group = q.shape[1] // k.shape[1]
     column_k, column_v = _gather(k, v, heads, columns, group)
     bits = _band_bits(tile_starts, n_k)
-    why_not = None if pairs is False else _pairs_refusal(q=q, k=k, v=v)
-    if pairs and why_not:
-        raise ValueError(f"pairs {why_not}; leave pairs out")
-    if pairs is not False and not why_not:
+    if pairs:
+        if why_not := _pairs_refusal(q=q, k=k, v=v):
+            raise ValueError(f"pairs {why_not}; leave pairs out")
         # Imported here: Gluon is for Hopper only.
         from minference_green.kernels import band_pair
 
