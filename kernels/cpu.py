@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minference_green.kernels.index import NONE, TILE, BandIndex, BlockIndex
-from minference_green.kernels.selection import check_rows
+from minference_green.kernels.selection import check_probes, check_rows
 
 T = TypeVar("T")
 
@@ -161,6 +161,38 @@ def row_scores(
     jobs = [(b, n, head) for b in range(batch) for n, head in enumerate(heads.tolist())]
     _on_each_thread(score, jobs)
     return columns, slashes
+
+
+def tile_masses(
+    q: Tensor, k: Tensor, heads: Tensor, rows: Sequence[int], *, scale: float
+) -> Tensor:
+    """Log-sum-exp of each row's causal logits over every key tile, head by head.
+
+    Shapes: ``q [B, Hq, n_q, D]``, ``k [B, Hkv, n_k, D]``, ``heads [H]`` query heads, ``rows``
+    ascending positions of queries; returns fp32 ``[B, H, len(rows), tiles]`` as
+    :func:`minference_green.kernels.reference.tile_masses`. Raises ``ValueError`` on shapes or
+    rows that do not fit.
+    """
+    _check(q, k, k, k.shape[2])
+    batch, n_q, n_k = q.shape[0], q.shape[2], k.shape[2]
+    check_probes(rows, n_q, n_k)
+    group, reach = q.shape[1] // k.shape[1], rows[-1] // TILE + 1
+    seen = min(reach * TILE, n_k)
+    listed = torch.tensor(rows)
+    masses = torch.empty(batch, len(heads), len(rows), reach)
+    future = torch.arange(seen) > listed[:, None]
+
+    def score(job: tuple[int, int, int]) -> None:
+        b, n, head = job
+        queries = q[b, head].index_select(0, listed - (n_k - n_q)).float() * scale
+        logits = queries @ k[b, head // group, :seen].float().T
+        logits.masked_fill_(future, -torch.inf)
+        whole = torch.nn.functional.pad(logits, (0, reach * TILE - seen), value=-torch.inf)
+        masses[b, n] = whole.unflatten(1, (reach, TILE)).logsumexp(-1)
+
+    jobs = [(b, n, head) for b in range(batch) for n, head in enumerate(heads.tolist())]
+    _on_each_thread(score, jobs)
+    return masses
 
 
 def block_means(x: Tensor) -> Tensor:

@@ -131,6 +131,41 @@ def block_means(x: Tensor) -> Tensor:
     return torch.stack([part.double().mean(2) for part in x.split(TILE, dim=2)], dim=2)
 
 
+def tile_masses(q: Tensor, k: Tensor, rows: Sequence[int], *, scale: float) -> Tensor:
+    """Log-sum-exp of each row's causal logits over every key tile the last row reaches.
+
+    Shapes: ``q [B, H, n_q, D]``, ``k [B, Hkv, n_k, D]``, ``rows`` any positions of queries;
+    returns ``[B, H, len(rows), tiles]``, -inf where a row sees no key of a tile.
+    """
+    n_q, n_k = q.shape[2], k.shape[2]
+    at = torch.tensor(list(rows))
+    reach = int(at.max()) // TILE + 1
+    logits = q[:, :, at - (n_k - n_q)].double() @ expand_kv(k, q.shape[1]).double().mT * scale
+    logits = logits.masked_fill(torch.arange(n_k) > at[:, None], -torch.inf)
+    return torch.stack([x.logsumexp(-1) for x in logits.split(TILE, -1)[:reach]], -1)
+
+
+def probed_lists(
+    q: Tensor, k: Tensor, *, scale: float, top_k: int, rows: int
+) -> list[list[list[list[int]]]]:
+    """Key tiles per (batch, head, query tile) of ``Probed``, sorted.
+
+    As :func:`block_lists`, by the largest share of its attention that a probing row puts on a
+    key tile.
+    """
+    n_q, n_k = q.shape[2], k.shape[2]
+    lists: list[list[list[list[int]]]] = [[[] for _ in range(q.shape[1])] for _ in q]
+    for first in range(n_k - n_q, n_k, TILE):
+        last = min(first + TILE, n_k) - 1
+        probes = [min(first + (part + 1) * TILE // rows - 1, last) for part in range(rows)]
+        scores = torch.softmax(tile_masses(q, k, probes, scale=scale), -1).amax(2)
+        diagonal = [n for n in range(last // TILE + 1) if (n + 1) * TILE - 1 >= first]
+        for b, of_prompt in enumerate(lists):
+            for h, of_head in enumerate(of_prompt):
+                of_head.append(sorted({0, *top_positions(scores[b, h], top_k, 0), *diagonal}))
+    return lists
+
+
 def block_lists(q: Tensor, k: Tensor, *, scale: float, top_k: int) -> list[list[list[list[int]]]]:
     """Key tiles per (batch, head, query tile) of MInference's block-sparse, sorted.
 

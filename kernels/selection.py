@@ -136,18 +136,80 @@ def block_index(
             f"means of {n_tiles} query and {n_blocks} key tiles do not fit "
             f"n_q = {n_q}, n_k = {n_k} at {TILE} tokens a tile"
         )
-    device = q_means.device
+
+    def scores_of(begin: int, end: int) -> Tensor:
+        return q_means[:, :, begin:end] @ k_means.transpose(-1, -2) * scale
+
+    slab = max(1, _SLAB // (batch * n_heads * n_blocks))
+    return _best_blocks(scores_of, slab, batch, heads, top_ks, n_q, n_k)
+
+
+def probed_index(
+    q: Tensor,
+    k: Tensor,
+    heads: Tensor,
+    top_ks: Sequence[int],
+    rows: int,
+    *,
+    scale: float,
+    tile_masses: Callable[..., Tensor],
+) -> BlockIndex:
+    """The best key tiles of each query tile by the attention of some of its rows.
+
+    A key tile scores the largest share of its attention that any of ``rows`` probing rows puts
+    on it. They end ``rows`` equal parts of the query tile; in a shorter last tile those beyond
+    its end are its last row. Of each query tile the ``top_k`` key tiles of largest score, tile
+    0, and every tile that reaches past its first row.
+
+    Shapes: ``q [B, Hq, n_q, D]``, ``k [B, Hkv, n_k, D]``, ``heads [H]`` int32 query heads, one
+    ``top_k`` per head. ``tile_masses`` is the device's kernel of that name. Memory beyond the
+    index is bounded whatever the length, unless one query tile alone needs more. Nothing waits
+    for the device. Raises ``ValueError`` if numbers of heads disagree, or on ``rows`` outside 1
+    to ``TILE``.
+    """
+    if not 1 <= rows <= TILE:
+        raise ValueError(f"rows must be between 1 and {TILE}, got {rows}")
+    batch, _, n_q, _ = q.shape
+    n_k = k.shape[2]
+    _check_counts(top_ks, len(heads))
+    lanes = [(part + 1) * TILE // rows - 1 for part in range(rows)]
+
+    def scores_of(begin: int, end: int) -> Tensor:
+        firsts = range(n_k - n_q + begin * TILE, n_k - n_q + end * TILE, TILE)
+        probes = [min(first + lane, n_k - 1) for first in firsts for lane in lanes]
+        masses = tile_masses(q, k, heads, probes, scale=scale)
+        # Rows compare by their shares: each sees itself, so its sum over all tiles is finite.
+        shares: Tensor = masses.sub_(masses.logsumexp(-1, keepdim=True))
+        return shares.view(*shares.shape[:2], end - begin, rows, -1).amax(3)
+
+    slab = max(1, _SLAB // (batch * len(heads) * -(-n_k // TILE) * rows))
+    return _best_blocks(scores_of, slab, batch, heads, top_ks, n_q, n_k)
+
+
+def _best_blocks(
+    scores_of: Callable[[int, int], Tensor],
+    slab: int,
+    batch: int,
+    heads: Tensor,
+    top_ks: Sequence[int],
+    n_q: int,
+    n_k: int,
+) -> BlockIndex:
+    """The index of the best key tiles, ``slab`` query tiles scored at a time.
+
+    ``scores_of(begin, end)`` are fp32 scores ``[B, H, end - begin, key tiles]`` of some query
+    tiles, over at least the key tiles that they reach.
+    """
+    n_heads, n_tiles, device = len(heads), -(-n_q // TILE), heads.device
     firsts = range(n_k - n_q, n_k, TILE)
     reachable = [(min(first + TILE, n_k) - 1) // TILE + 1 for first in firsts]
     capacity = sum(min(n, max(top_ks) + 3) for n in reachable)
     starts = torch.zeros(batch, n_heads, n_tiles + 1, dtype=torch.int32, device=device)
     # The last slot stays NONE: what is not kept goes there.
     blocks = torch.full((batch, n_heads, capacity + 1), NONE, dtype=torch.int32, device=device)
-    slab = max(1, _SLAB // (batch * n_heads * n_blocks))
     for begin in range(0, n_tiles, slab):
         end = min(begin + slab, n_tiles)
-        scores = q_means[:, :, begin:end] @ k_means.transpose(-1, -2) * scale
-        chosen = _choose_blocks(scores, top_ks, n_k - n_q + begin * TILE, n_k)
+        chosen = _choose_blocks(scores_of(begin, end), top_ks, n_k - n_q + begin * TILE, n_k)
         kept = chosen != NONE
         ends = starts[:, :, begin, None] + kept.sum(-1).cumsum(-1)
         starts[:, :, begin + 1 : end + 1] = ends
@@ -229,6 +291,19 @@ def check_rows(rows: Sequence[int], n_q: int, n_k: int) -> None:
         raise ValueError(f"rows must be 1 to {TILE} positions, got {len(rows)}")
     if any(a >= b for a, b in pairwise(rows)):
         raise ValueError(f"rows must ascend, each once, got {list(rows)}")
+    if rows[0] < n_k - n_q or rows[-1] >= n_k:
+        raise ValueError(
+            f"rows must be positions of queries, {n_k - n_q} to {n_k - 1}, "
+            f"got {rows[0]} to {rows[-1]}"
+        )
+
+
+def check_probes(rows: Sequence[int], n_q: int, n_k: int) -> None:
+    """Refuse rows that are not ascending positions, repeated or not, among the last ``n_q``."""
+    if not rows:
+        raise ValueError("rows must name at least one position, got none")
+    if any(a > b for a, b in pairwise(rows)):
+        raise ValueError("rows must not descend")
     if rows[0] < n_k - n_q or rows[-1] >= n_k:
         raise ValueError(
             f"rows must be positions of queries, {n_k - n_q} to {n_k - 1}, "

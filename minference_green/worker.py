@@ -153,7 +153,12 @@ def methods_by_name(
         )
     methods: dict[str, PrefillMethod] = {}
     for name in asked:
-        method = method_from_name(name, options.get(name, {}), patterns=model.patterns)
+        method = method_from_name(
+            name,
+            options.get(name, {}),
+            patterns=model.patterns,
+            probe_patterns=model.probe_patterns,
+        )
         budgets = method.sparse if isinstance(method, Auto) else method
         if isinstance(budgets, SparsePrefill) and isinstance(budgets.patterns, tuple):
             config = model.model.config.get_text_config()

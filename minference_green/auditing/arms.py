@@ -16,6 +16,7 @@ from minference_green.methods.patterns import (
     AShape,
     BlockSparse,
     HeadPattern,
+    Probed,
     VerticalSlash,
 )
 from minference_green.methods.sparse import SparsePrefill
@@ -145,3 +146,5 @@ def _times(pattern: HeadPattern, factor: float) -> HeadPattern:
             return AShape(n_init, max(1, round(n_local * factor)))
         case BlockSparse(top_k):
             return BlockSparse(max(1, round(top_k * factor)))
+        case Probed(top_k, rows):
+            return Probed(max(1, round(top_k * factor)), rows)

@@ -18,8 +18,8 @@ from minference_green.cli.run import (
 from minference_green.errors import MeasurementError, UsageError
 
 METHODS_HELP = (
-    "Comma-separated; dense is added as the reference. minference, spread, vertical-slash, "
-    "a-shape, block-sparse, the yardsticks oracle, oracle-keys and random, or "
+    "Comma-separated; dense is added as the reference. minference, spread, probe, "
+    "vertical-slash, a-shape, block-sparse, the yardsticks oracle, oracle-keys and random, or "
     "package.module:NAME of your own."
 )
 

@@ -28,15 +28,16 @@ def run(
         str,
         typer.Option(
             help="Comma-separated; the first is the reference. dense, minference, auto, "
-            "vertical-slash, a-shape, block-sparse, or package.module:NAME of your own."
+            "spread, probe, vertical-slash, a-shape, block-sparse, or package.module:NAME of "
+            "your own."
         ),
     ] = "dense,minference",
     method_option: Annotated[
         list[str] | None,
         typer.Option(
             help="METHOD.KEY=VALUE, repeatable: vertical-slash.vertical_size, .slash_size; "
-            "a-shape.n_init, .n_local; block-sparse.top_k; minference.pattern_file; "
-            "dense.backend."
+            "a-shape.n_init, .n_local; block-sparse.top_k; probe.top_k, .rows; "
+            "minference.pattern_file; dense.backend."
         ),
     ] = None,
     context: Annotated[

@@ -21,6 +21,7 @@ class Kernels:
 
     row_scores: Callable[..., tuple[Tensor, Tensor]]
     block_means: Callable[[Tensor], Tensor]
+    tile_masses: Callable[..., Tensor]
     top_positions: Callable[[Tensor, Sequence[int], int], Tensor]
     cut_tiles: Callable[[Tensor], Tensor]
     band_attention: Callable[..., Any]
@@ -37,6 +38,7 @@ def kernels_for(device: torch.device) -> Kernels:
             return Kernels(
                 row_scores=cpu.row_scores,
                 block_means=cpu.block_means,
+                tile_masses=cpu.tile_masses,
                 top_positions=selection.top_positions,
                 cut_tiles=cpu.cut_tiles,
                 band_attention=cpu.band_attention,
@@ -54,11 +56,12 @@ def _triton_kernels() -> Kernels:
             "sparse prefill on a GPU needs Triton, which is not installed; "
             "install it with: pip install triton"
         )
-    from minference_green.kernels import block_sparse, cut, estimate, top, vertical_slash
+    from minference_green.kernels import block_sparse, cut, estimate, probe, top, vertical_slash
 
     return Kernels(
         row_scores=estimate.row_scores,
         block_means=estimate.block_means,
+        tile_masses=probe.tile_masses,
         top_positions=top.top_positions,
         cut_tiles=cut.cut_tiles,
         band_attention=vertical_slash.band_attention,

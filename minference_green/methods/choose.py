@@ -21,6 +21,7 @@ from minference_green.methods.patterns import (
     BlockSparse,
     HeadPattern,
     Patterns,
+    Probed,
     VerticalSlash,
 )
 from minference_green.methods.sparse import SparsePrefill, uniform
@@ -35,18 +36,23 @@ UNIFORM: dict[str, Callable[..., HeadPattern]] = {
 }
 """Methods that give every head one pattern; the pattern's fields are the options."""
 
-NAMES = ("dense", "minference", "auto", "spread", *UNIFORM, "dense-again", *YARDSTICKS)
+NAMES = ("dense", "minference", "auto", "spread", "probe", *UNIFORM, "dense-again", *YARDSTICKS)
 """Methods that come with the package."""
 
 
 def method_from_name(
-    name: str, options: Mapping[str, str], *, patterns: Patterns | None = None
+    name: str,
+    options: Mapping[str, str],
+    *,
+    patterns: Patterns | None = None,
+    probe_patterns: Patterns | None = None,
 ) -> PrefillMethod:
     """The method called ``name`` with ``options``, or the user's own from ``module:NAME``.
 
     ``patterns`` are the model's own; ``minference``, ``auto`` and ``spread`` use them unless
-    ``pattern_file`` names others, and without either MInference's default for every head. A
-    user's module is also looked for in the current directory. Raises ``UsageError`` naming
+    ``pattern_file`` names others, and without either MInference's default for every head.
+    ``probe_patterns`` are the same for ``probe``, which else probes every head alike. A user's
+    module is also looked for in the current directory. Raises ``UsageError`` naming
     what is valid.
     """
     if ":" in name:
@@ -88,6 +94,16 @@ def method_from_name(
             return _spread(budgets, Estimator(rows, last, segments, normalise, skip_forced=True))
 
         return _build(spread, options, name)
+    if name == "probe":
+
+        def probe(
+            pattern_file: str | None = None, top_k: int | None = None, rows: int | None = None
+        ) -> SparsePrefill:
+            sizes = {"top_k": top_k, "rows": rows}
+            given = {key: size for key, size in sizes.items() if size is not None}
+            return _probe(given, pattern_file, probe_patterns)
+
+        return _build(probe, options, name)
     if name in YARDSTICKS:
 
         def drawn(density: float, seed: int = 0) -> PrefillMethod:
@@ -106,15 +122,36 @@ def method_from_name(
 
 
 def _minference(pattern_file: str | None, own: Patterns | None) -> SparsePrefill:
-    if pattern_file is not None:
-        path = Path(pattern_file)
-        chosen = read_patterns(path).patterns
-        return SparsePrefill("minference", chosen, _parameters(f"file {path.name}", chosen))
-    if own is not None:
-        return SparsePrefill("minference", own, _parameters("the model's own", own))
-    default = VerticalSlash()
-    source = {"patterns": f"MInference's default for every head: {default}"}
-    return SparsePrefill("minference", default, source)
+    if pattern_file is None and own is None:
+        default = VerticalSlash()
+        told = {"patterns": f"MInference's default for every head: {default}"}
+        return SparsePrefill("minference", default, told)
+    source, chosen = _per_head(pattern_file, own)
+    if any(isinstance(pattern, Probed) for layer in chosen for pattern in layer):
+        raise UsageError(
+            f"{pattern_file} has probed heads, which MInference does not know; give it to probe"
+        )
+    return SparsePrefill("minference", chosen, _parameters(source, chosen))
+
+
+def _probe(
+    budgets: dict[str, int], pattern_file: str | None, own: Patterns | None
+) -> SparsePrefill:
+    if budgets and pattern_file is not None:
+        raise UsageError(f"probe takes a pattern_file or {', '.join(budgets)}, not both")
+    if budgets or (pattern_file is None and own is None):
+        return uniform("probe", Probed(**budgets))
+    source, chosen = _per_head(pattern_file, own)
+    return SparsePrefill("probe", chosen, _parameters(source, chosen))
+
+
+def _per_head(pattern_file: str | None, own: Patterns | None) -> tuple[str, Patterns]:
+    """Patterns and where they are from: the file, or else the model's own; one is given."""
+    if pattern_file is None:
+        assert own is not None
+        return "the model's own", own
+    path = Path(pattern_file)
+    return f"file {path.name}", read_patterns(path).patterns
 
 
 def _spread(budgets: SparsePrefill, estimator: Estimator) -> SparsePrefill:

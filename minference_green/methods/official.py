@@ -1,4 +1,7 @@
-"""MInference's pattern files: a JSON list of layers, each ``{head: [pattern, a, b, score]}``."""
+"""Pattern files: a JSON list of layers, each ``{head: [pattern, a, b, score]}``.
+
+MInference's format, and one pattern more of our own.
+"""
 
 import json
 from dataclasses import dataclass
@@ -11,6 +14,7 @@ from minference_green.methods.patterns import (
     BlockSparse,
     HeadPattern,
     Patterns,
+    Probed,
     VerticalSlash,
 )
 
@@ -27,10 +31,11 @@ class PatternFile:
 
 
 def read_patterns(path: Path) -> PatternFile:
-    """Read a pattern file of MInference (``*_best_pattern*.json``).
+    """Read a pattern file of MInference (``*_best_pattern*.json``), or one with probed heads.
 
-    Patterns are ``vertical_and_slash`` (vertical, slash), ``stream_llm`` (n_init, n_local) and
-    ``block_sparse`` (both sizes unused, 100 blocks). Raises ``UsageError`` naming the file,
+    Patterns are ``vertical_and_slash`` (vertical, slash), ``stream_llm`` (n_init, n_local),
+    ``block_sparse`` (both sizes unused, 100 blocks), and ``probed`` (top_k, rows), which
+    MInference does not know. Raises ``UsageError`` naming the file,
     the layer, the head and what is wrong.
     """
     try:
@@ -54,7 +59,7 @@ def read_patterns(path: Path) -> PatternFile:
 
 
 def write_patterns(path: Path, file: PatternFile) -> None:
-    """Write a pattern file that MInference and :func:`read_patterns` read.
+    """Write a pattern file that :func:`read_patterns` reads, and MInference if none is probed.
 
     Raises ``UsageError`` for a block-sparse head whose budget is not the format's 100, or if
     the file cannot be written.
@@ -108,10 +113,13 @@ def _read_head(entry: Any, where: str) -> tuple[HeadPattern, float]:
                 return AShape(a, b), score
             case "block_sparse":
                 return BlockSparse(_FIXED_TOP_K), score
+            case "probed":
+                return Probed(a, b), score
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
     raise UsageError(
-        f"{where}: pattern {kind!r} is not one of vertical_and_slash, stream_llm, block_sparse"
+        f"{where}: pattern {kind!r} is not one of vertical_and_slash, stream_llm, block_sparse, "
+        "probed"
     )
 
 
@@ -128,6 +136,8 @@ def _official(pattern: HeadPattern, where: str) -> tuple[str, int, int]:
                     f"its block-sparse heads always take {_FIXED_TOP_K} blocks"
                 )
             return "block_sparse", top_k, 0
+        case Probed(top_k, rows):
+            return "probed", top_k, rows
 
 
 def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

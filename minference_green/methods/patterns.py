@@ -1,8 +1,9 @@
-"""Head patterns: what one attention head computes, as MInference names it."""
+"""Head patterns: what one attention head computes; all but ``Probed`` are MInference's."""
 
 from dataclasses import asdict, dataclass
 
 from minference_green.errors import UsageError
+from minference_green.kernels.index import TILE
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,24 @@ class BlockSparse:
         _check_sizes(self, least=1)
 
 
-HeadPattern = VerticalSlash | AShape | BlockSparse
+@dataclass(frozen=True)
+class Probed:
+    """The ``top_k`` key tiles per query tile that one of ``rows`` of its rows attends to most.
+
+    The rows are spread evenly over the query tile and see every key before them, so the choice
+    is by exact attention. It costs rows / 64 of the head's dense products of queries and keys.
+    """
+
+    top_k: int = 16
+    rows: int = 4
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, least=1)
+        if self.rows > TILE:
+            raise UsageError(f"rows must be at most {TILE}, a tile, got {self.rows}")
+
+
+HeadPattern = VerticalSlash | AShape | BlockSparse | Probed
 
 Patterns = tuple[tuple[HeadPattern, ...], ...]
 """One pattern per layer and query head."""

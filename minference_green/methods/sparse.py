@@ -19,6 +19,7 @@ from minference_green.kernels.selection import (
     band_index,
     block_index,
     join_bands,
+    probed_index,
     to_device,
 )
 from minference_green.methods.backend import Kernels, kernels_for, timed
@@ -29,6 +30,7 @@ from minference_green.methods.patterns import (
     BlockSparse,
     HeadPattern,
     Patterns,
+    Probed,
     VerticalSlash,
 )
 
@@ -99,6 +101,7 @@ class SparsePrefill:
             vertical_slash={h: p for h, p in heads.items() if isinstance(p, VerticalSlash)},
             a_shape={h: p for h, p in heads.items() if isinstance(p, AShape)},
             block_sparse={h: p for h, p in heads.items() if isinstance(p, BlockSparse)},
+            probed={h: p for h, p in heads.items() if isinstance(p, Probed)},
         )
 
     def head_patterns(self, layer: int, n_heads: int) -> dict[int, HeadPattern]:
@@ -135,6 +138,8 @@ class _Scores:
     """Columns and slashes of each part of the prompt."""
     q_means: Tensor | None = None
     k_means: Tensor | None = None
+    probed: Sequence[BlockIndex] = ()
+    """Chosen as they are scored: the scores of all key tiles at once would not fit in memory."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,7 @@ class _Layer:
     vertical_slash: Mapping[int, VerticalSlash]
     a_shape: Mapping[int, AShape]
     block_sparse: Mapping[int, BlockSparse]
+    probed: Mapping[int, Probed]
 
     def estimate(self) -> _Scores:
         masses: list[tuple[Tensor, Tensor]] = []
@@ -158,7 +164,7 @@ class _Layer:
         q_means = k_means = None
         if self.block_sparse:
             q_means, k_means = self.kernels.block_means(self.q), self.kernels.block_means(self.k)
-        return _Scores(masses, q_means, k_means)
+        return _Scores(masses, q_means, k_means, self._probed_indices())
 
     def index(self, scores: _Scores) -> list[Index]:
         parts, a_shape = self._vertical_slash_parts(scores), self._a_shape_index()
@@ -167,7 +173,7 @@ class _Layer:
             bands = [PartedIndex(tuple(parts)), *a_shape]
         elif parts and a_shape:
             bands = [join_bands(*parts, *a_shape)]
-        return [*bands, *self._block_index(scores)]
+        return [*bands, *self._block_index(scores), *scores.probed]
 
     def attend(self, indices: list[Index], lse: Tensor | None = None) -> Tensor:
         """The output; also fills ``lse`` if given, by a variant of the kernels that writes it."""
@@ -246,6 +252,24 @@ class _Layer:
                 n_q=self.q.shape[2],
                 n_k=self.k.shape[2],
             )
+        ]
+
+    def _probed_indices(self) -> list[BlockIndex]:
+        """One index for each number of probing rows."""
+        by_rows: dict[int, dict[int, Probed]] = {}
+        for head, pattern in self.probed.items():
+            by_rows.setdefault(pattern.rows, {})[head] = pattern
+        return [
+            probed_index(
+                self.q,
+                self.k,
+                self._heads(group),
+                [p.top_k for p in group.values()],
+                rows,
+                scale=self.scale,
+                tile_masses=self.kernels.tile_masses,
+            )
+            for rows, group in by_rows.items()
         ]
 
     def _heads(self, group: Mapping[int, HeadPattern]) -> Tensor:

@@ -41,6 +41,9 @@ EMBEDDED = Path(__file__).parent / "embedded"
 PATTERN_FILE = "minference_patterns.json"
 """Head patterns that a model's directory may carry, in MInference's format."""
 
+PROBE_FILE = "probe_patterns.json"
+"""The same for the method ``probe``: some of its heads may be probed."""
+
 BYTES_FLAG = "minference_green_bytes"
 """A configuration that holds this as true is of a model whose token ids are UTF-8 bytes."""
 
@@ -70,6 +73,8 @@ class LoadedModel:
     allow_longer: bool
     directory: Path | None
     """Where its tokenizer is."""
+    probe_patterns: Patterns | None = None
+    """The pattern file for ``probe`` that the model carries."""
 
     @property
     def reads_bytes(self) -> bool:
@@ -250,12 +255,15 @@ def _trained(
         spec=spec,
         revision=revision_of(directory, files),
         weights="trained",
-        patterns=read_patterns(path).patterns
-        if (path := directory / PATTERN_FILE).exists()
-        else None,
+        patterns=_carried(directory / PATTERN_FILE),
+        probe_patterns=_carried(directory / PROBE_FILE),
         allow_longer=allow_longer,
         directory=directory,
     )
+
+
+def _carried(path: Path) -> Patterns | None:
+    return read_patterns(path).patterns if path.exists() else None
 
 
 def _loaded(
@@ -267,6 +275,7 @@ def _loaded(
     patterns: Patterns | None,
     allow_longer: bool,
     directory: Path | None,
+    probe_patterns: Patterns | None = None,
 ) -> LoadedModel:
     config = model.config
     model.requires_grad_(False)
@@ -280,6 +289,7 @@ def _loaded(
         vocabulary=config.vocab_size,
         bos=config.bos_token_id,
         patterns=patterns,
+        probe_patterns=probe_patterns,
         allow_longer=allow_longer,
         directory=directory,
     )

@@ -7,7 +7,7 @@ from minference_green.auditing.arms import EqualDensity, arms, noise_floor, with
 from minference_green.errors import UsageError
 from minference_green.ledger import NOISE_FLOOR, Computed
 from minference_green.methods.dense import Dense
-from minference_green.methods.patterns import AShape, BlockSparse, VerticalSlash
+from minference_green.methods.patterns import AShape, BlockSparse, Probed, VerticalSlash
 from minference_green.methods.sparse import SparsePrefill, uniform
 from minference_green.model.loading import LoadedModel
 
@@ -49,16 +49,16 @@ def test_the_noise_floor_leaves_nothing_out():
 
 
 def test_budgets_scale_what_each_pattern_spends_and_keep_the_rest():
-    patterns = ((VerticalSlash(10, 20), AShape(8, 64)), (BlockSparse(3), VerticalSlash(1, 2)))
+    patterns = ((VerticalSlash(10, 20), AShape(8, 64)), (BlockSparse(3), Probed(2, 8)))
     method = SparsePrefill("mine", patterns, {"patterns": "given"})
     found = with_budgets({"dense": Dense(), "mine": method}, (0.25, 2.0))
     assert list(found) == ["dense", "mine x0.25", "mine", "mine x2"]
     assert found["mine"] is method
     assert found["mine x2"].patterns == (
         (VerticalSlash(20, 40), AShape(8, 128)),
-        (BlockSparse(6), VerticalSlash(2, 4)),
+        (BlockSparse(6), Probed(4, 8)),
     )
-    assert found["mine x0.25"].patterns[1] == (BlockSparse(1), VerticalSlash(0, 0))
+    assert found["mine x0.25"].patterns[1] == (BlockSparse(1), Probed(1, 8))
     assert found["mine x2"].parameters == {"patterns": "given", "budgets": "times 2"}
 
 

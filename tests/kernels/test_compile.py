@@ -184,6 +184,18 @@ def test_estimators_do_not_spill(name, capability, tmp_path):
         assert not re.search(r"\bATOMG?\.", got.sass)
 
 
+@pytest.mark.parametrize("capability", [HOPPER, AMPERE], ids=["hopper", "ampere"])
+def test_probing_does_not_spill(capability, tmp_path):
+    from minference_green.kernels import probe
+
+    constants = sizes(128, CHUNK=probe.CHUNK_TILES)
+    options = {"num_warps": 4, "num_stages": 3}
+    got = compiled(probe._tile_mass_kernel, capability, tmp_path, constants, options)
+    assert got.spills == []
+    assert got.resident(capability) >= 2
+    assert uses_tensor_cores(got.sass, capability)
+
+
 def test_small_kernels_do_not_spill(tmp_path):
     from minference_green.kernels import band_pair, cut, estimate, rest, tile, vertical_slash
 

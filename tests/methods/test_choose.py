@@ -14,7 +14,7 @@ from minference_green.methods.choose import NAMES, method_from_name
 from minference_green.methods.dense import Dense
 from minference_green.methods.estimator import Estimator
 from minference_green.methods.method import PrefillMethod, ProfiledMethod
-from minference_green.methods.patterns import AShape, BlockSparse, VerticalSlash
+from minference_green.methods.patterns import AShape, BlockSparse, Probed, VerticalSlash
 from minference_green.methods.sparse import SparsePrefill
 from minference_green.methods.yardstick import YARDSTICKS, KeyOracle, TileYardstick
 
@@ -49,7 +49,7 @@ def test_options_set_the_fields_of_the_pattern() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "match"),
     [
-        ("fast", {}, "'fast' is not a method; choose from dense, minference, auto, spread, v"),
+        ("fast", {}, "'fast' is not a method; choose from dense, minference, auto, spread, p"),
         ("a-shape", {"top_k": "1"}, "no option 'top_k'; its options are n_init, n_local"),
         ("minference", {"file": "x"}, "no option 'file'; its options are pattern_file"),
         ("a-shape", {"n_init": "many"}, "n_init must be a whole number, got 'many'"),
@@ -70,6 +70,9 @@ def test_options_set_the_fields_of_the_pattern() -> None:
             {"slash_size": "9", "pattern_file": "x"},
             "pattern_file or slash_size, not both",
         ),
+        ("probe", {"rows": "0"}, "rows must be a whole number of at least 1, got 0"),
+        ("probe", {"last": "0"}, "no option 'last'; its options are pattern_file, top_k, rows"),
+        ("probe", {"top_k": "9", "pattern_file": "x"}, "pattern_file or top_k, not both"),
     ],
 )
 def test_what_is_wrong_is_told_with_what_is_valid(
@@ -113,6 +116,29 @@ def test_spread_has_the_budgets_of_minference_and_rows_of_its_own(tmp_path: Path
     assert sized.patterns == VerticalSlash(1000, 70)
     assert sized.estimator == Estimator(rows=32, last=16, skip_forced=True)
     assert sized.parameters["rows"] == 32
+
+
+def test_probe_takes_sizes_then_a_file_then_the_models_own_patterns(tmp_path: Path) -> None:
+    path = tmp_path / "probe.json"
+    path.write_text(json.dumps([{"0": ["probed", 8, 2, 0.5]}]))
+    own = ((Probed(3, 4), AShape()),)
+
+    def found(options: dict[str, str]) -> Any:
+        theirs = ((BlockSparse(1), BlockSparse(1)),)
+        return patterns_of(method_from_name("probe", options, patterns=theirs, probe_patterns=own))
+
+    assert found({}) == own
+    assert found({"pattern_file": str(path)}) == ((Probed(8, 2),),)
+    assert found({"top_k": "5"}) == Probed(5, Probed().rows)
+    assert patterns_of(method_from_name("probe", {})) == Probed()
+
+
+@pytest.mark.parametrize("name", ["minference", "auto", "spread"])
+def test_a_file_with_probed_heads_is_not_minferences(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "probe.json"
+    path.write_text(json.dumps([{"0": ["probed", 8, 2, 0.5]}]))
+    with pytest.raises(UsageError, match="probed heads, which MInference does not know; give it"):
+        method_from_name(name, {"pattern_file": str(path)})
 
 
 OWN = '''

@@ -14,7 +14,7 @@ from minference_green.methods.official import (
     read_patterns,
     write_patterns,
 )
-from minference_green.methods.patterns import AShape, BlockSparse, VerticalSlash
+from minference_green.methods.patterns import AShape, BlockSparse, Probed, VerticalSlash
 
 LAYERS: list[dict[str, list[Any]]] = [
     {
@@ -59,6 +59,15 @@ def test_a_file_goes_round_exactly(write: Any, tmp_path: Path) -> None:
     write_patterns(again, file)
     assert read_patterns(again) == file
     assert json.loads(again.read_text()) == LAYERS
+
+
+def test_a_file_with_probed_heads_goes_round_too(write: Any, tmp_path: Path) -> None:
+    layers = [{"0": ["probed", 8, 4, 0.25], "1": ["stream_llm", 64, 128, 0]}]
+    file = read_patterns(write(layers))
+    assert file.patterns == ((Probed(8, 4), AShape(64, 128)),)
+    again = tmp_path / "again.json"
+    write_patterns(again, file)
+    assert json.loads(again.read_text()) == layers
 
 
 def test_heads_may_stand_in_any_order(write: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from minference_green.errors import UsageError
-from minference_green.methods.patterns import AShape, BlockSparse, VerticalSlash
+from minference_green.methods.patterns import AShape, BlockSparse, Probed, VerticalSlash
 
 
 def test_defaults_are_minferences() -> None:
@@ -26,6 +26,9 @@ def test_defaults_are_minferences() -> None:
         (lambda: AShape(0, 0), "n_local must be at least 1, so that a token sees itself, got 0"),
         (lambda: AShape("4", 1), "n_init must be .* got '4'"),
         (lambda: BlockSparse(0), "top_k must be a whole number of at least 1, got 0"),
+        (lambda: Probed(0), "top_k must be a whole number of at least 1, got 0"),
+        (lambda: Probed(1, 0), "rows must be a whole number of at least 1, got 0"),
+        (lambda: Probed(1, 65), "rows must be at most 64, a tile, got 65"),
     ],
 )
 def test_a_size_that_is_no_size_is_refused_by_name(make: Any, match: str) -> None:

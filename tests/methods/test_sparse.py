@@ -19,6 +19,7 @@ from minference_green.methods.patterns import (
     BlockSparse,
     HeadPattern,
     Patterns,
+    Probed,
     VerticalSlash,
 )
 from minference_green.methods.sparse import SparsePrefill, uniform
@@ -43,8 +44,12 @@ def visible(qkv: Inputs, head: int, pattern: HeadPattern) -> Tensor:
     group = slice(head // 3, head // 3 + 1)
     q, k = q[:, head : head + 1], k[:, group]
     one = torch.zeros(1, dtype=torch.int32)
-    if isinstance(pattern, BlockSparse):
-        lists = reference.block_lists(q, k, scale=SCALE, top_k=pattern.top_k)[0][0]
+    if isinstance(pattern, BlockSparse | Probed):
+        if isinstance(pattern, BlockSparse):
+            lists = reference.block_lists(q, k, scale=SCALE, top_k=pattern.top_k)[0][0]
+        else:
+            top_k, rows = pattern.top_k, pattern.rows
+            lists = reference.probed_lists(q, k, scale=SCALE, top_k=top_k, rows=rows)[0][0]
         tile = torch.arange(n) // TILE
         listed = torch.zeros(len(lists), len(lists), dtype=torch.bool)
         for m, row in enumerate(lists):
@@ -72,16 +77,26 @@ MIXED: tuple[HeadPattern, ...] = (
     AShape(0, 1),
 )
 
+PROBED: tuple[HeadPattern, ...] = (
+    Probed(2, 4),
+    AShape(10, 70),
+    Probed(1, 8),
+    BlockSparse(2),
+    Probed(3, 4),
+    VerticalSlash(0, 0),
+)
 
-def test_every_head_computes_its_own_pattern() -> None:
+
+@pytest.mark.parametrize("patterns", [MIXED, PROBED], ids=["minference's", "probed"])
+def test_every_head_computes_its_own_pattern(patterns: tuple[HeadPattern, ...]) -> None:
     """Random inputs, since a tie between oracle and fp32 sums could fall either way."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, 500, 64, generator=g) for h in (HEADS, 2, 2))
-    method = SparsePrefill("mixed", (MIXED,), {})
+    method = SparsePrefill("mixed", (patterns,), {})
     out = method.attend(q, k, v, scale=SCALE, layer=0)
     profile = method.profile(q, k, v, scale=SCALE, layer=0)
     assert torch.equal(profile.out, out)
-    for head, pattern in enumerate(MIXED):
+    for head, pattern in enumerate(patterns):
         mask = visible((q, k, v), head, pattern)
         kv = head // 3
         want, lse = reference.attention(
@@ -96,7 +111,8 @@ def test_every_head_computes_its_own_pattern() -> None:
 
 @pytest.mark.parametrize("n", [1, 7, 64, 65, 300])
 @pytest.mark.parametrize(
-    "pattern", [VerticalSlash(300, 300), AShape(0, 300), AShape(300, 1), BlockSparse(5)]
+    "pattern",
+    [VerticalSlash(300, 300), AShape(0, 300), AShape(300, 1), BlockSparse(5), Probed(5, 1)],
 )
 def test_a_budget_that_covers_the_prompt_is_dense_attention(n: int, pattern: HeadPattern) -> None:
     q, k, v = inputs(n, batch=2)
@@ -150,6 +166,10 @@ def test_a_layer_is_one_launch_per_index_kind(counted: Counted) -> None:
     counted.launches.clear()
     uniform("a-shape", AShape()).attend(q, k, v, scale=SCALE, layer=0)
     assert counted.launches == [("band", [0, 1, 2, 3, 4, 5])]
+    counted.launches.clear()
+    SparsePrefill("probed", (PROBED,), {}).attend(q, k, v, scale=SCALE, layer=0)
+    # Probed heads share a launch if as many rows probe for them.
+    assert counted.launches == [("band", [5, 1]), ("block", [3]), ("block", [0, 4]), ("block", [2])]
 
 
 def test_it_is_a_profiled_method_that_shows_its_parameters() -> None:
