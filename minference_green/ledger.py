@@ -289,6 +289,11 @@ class Audit(Record):
         """Whether every arm that could run has answered every haystack."""
         return self.answers_done >= self.answers_planned
 
+    @property
+    def sealed(self) -> bool:
+        """Whether a digest covers the whole file; an unfinished audit has none yet."""
+        return bool(self.events) and isinstance(self.events[-1], Seal) and not self.cut
+
 
 def audit_file(path: Path) -> Path:
     """The audit file that ``path`` means: itself, or the ``audit.jsonl`` inside a directory."""

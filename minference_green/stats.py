@@ -552,6 +552,44 @@ def output_error(run: Run, length: int, method: str) -> Estimate:
     return Estimate(None, None, None, 0, "not observed in this run")
 
 
+def recall(run: Run, length: int, method: str) -> Estimate:
+    """Share of dense attention mass kept, mean over heads and observations.
+
+    On the reference arm's queries and keys: what the choice of pairs costs.
+    """
+    seen = [o.faithfulness for o in observations(run, length, method) if o.faithfulness]
+    values = [lost.recall.mean for lost in seen if lost.recall]
+    if values:
+        return Estimate(fmean(values), None, None, len(values))
+    reasons = [lost.recall_reason for lost in seen if lost.recall_reason]
+    return _unfaithful(run, length, method, reasons)
+
+
+def top1_agreement(run: Run, length: int, method: str) -> Estimate:
+    """Share of positions of the prompt with the reference arm's most likely next token."""
+    seen = observations(run, length, method)
+    values = [o.top1_agreement for o in seen if o.top1_agreement is not None]
+    if values:
+        return Estimate(fmean(values), None, None, len(values))
+    return _unfaithful(run, length, method)
+
+
+def kl_nats(run: Run, length: int, method: str) -> Estimate:
+    """Divergence of the next-token distributions from the reference arm's, over the prompt."""
+    seen = observations(run, length, method)
+    values = [o.faithfulness.prompt.kl_nats for o in seen if o.faithfulness]
+    if values:
+        return Estimate(fmean(values), None, None, len(values))
+    return _unfaithful(run, length, method)
+
+
+def _unfaithful(run: Run, length: int, method: str, reasons: Sequence[str] = ()) -> Estimate:
+    """No figure of what was lost, and why."""
+    told = (o.faithfulness_reason for o in observations(run, length, method))
+    why = next((r for r in (*reasons, *told) if r), "not observed in this run")
+    return Estimate(None, None, None, 0, why)
+
+
 def peak_memory_bytes(run: Run, length: int, method: str) -> Estimate:
     """Most device memory allocated in any valid window."""
     peaks = [

@@ -24,11 +24,14 @@ from minference_green.stats import (
     blocks_needed,
     density,
     invalid_share,
+    kl_nats,
     method_names,
     output_error,
     paired_logs,
     peak_memory_bytes,
     prediction,
+    recall,
+    top1_agreement,
     welch,
 )
 from minference_green.validity import MAX_INVALID_SHARE
@@ -56,21 +59,42 @@ and a true +10 % is taken for the reference's doing in 0.1, 1 and 4 %.
 
 
 CriterionName = Literal[
-    "energy_ratio", "energy_absolute", "latency", "memory", "density", "output_error"
+    "energy_ratio",
+    "energy_absolute",
+    "latency",
+    "memory",
+    "density",
+    "output_error",
+    "kl",
+    "top1",
+    "recall",
 ]
 """What can be judged of a method: joules and seconds per token against the reference arm,
-its own joules per token, its peak device memory, its density, its output error."""
+its own joules per token, its peak device memory, its density, and what it lost: the error of
+its last logits, the divergence of its next-token distributions, the share of its most likely
+tokens that are the reference's, the share of dense attention mass it kept."""
 
 CRITERIA: tuple[CriterionName, ...] = get_args(CriterionName)
 
-_MORE_BLOCKS_MAY_DECIDE = ("margin-in-interval", "both-moved", "reference-moved", "few-blocks")
+_MORE_BLOCKS_MAY_DECIDE = (
+    "margin-in-interval",
+    "both-moved",
+    "neither-held",
+    "reference-moved",
+    "few-blocks",
+)
 
 _OBSERVED: Mapping[str, Callable[[Run, int, str], Estimate]] = {
     "memory": peak_memory_bytes,
     "density": density,
     "output_error": output_error,
+    "kl": kl_nats,
+    "top1": top1_agreement,
+    "recall": recall,
 }
 """Criteria that come out the same each time, judged without an interval."""
+
+_WORSE_WHEN_LESS = ("top1", "recall")
 
 
 class Outcome(StrEnum):
@@ -99,6 +123,7 @@ Reason = Literal[
     "worse",
     "margin-in-interval",
     "both-moved",
+    "neither-held",
     "reference-moved",
     "few-blocks",
     "not-observed",
@@ -116,6 +141,8 @@ class Ruling:
     ratio: LogMean | None = None
     candidate: LogMean | None = None
     reference: LogMean | None = None
+    held: bool = False
+    """An arm's own figure is shown to be within the margin of the stored ones, on either side."""
     blocks_for_verdict: int | None = None
     """Blocks that would decide with 90 % power were the change what it appears to be."""
 
@@ -268,8 +295,10 @@ def rule(now: Arms, stored: Sequence[Arms], *, margin: float, criteria: int = 1)
 
     PASS if the upper end of the ratio's decision interval is below ``ln(1 + margin)``, FAIL
     if the lower end is not; a FAIL shares its error rate with the other ``criteria``.
-    INCONCLUSIVE also when both arms moved beyond the margin (``both-moved``) and when a worse
-    ratio is the reference's doing (``reference-moved``).
+    INCONCLUSIVE also when both arms moved beyond the margin (``both-moved``), when a ratio would
+    pass and neither arm is shown to have stayed within it (``neither-held``: two noisy arms hide
+    a machine that changed), and when a worse ratio is the reference's doing
+    (``reference-moved``).
     """
     if min(len(now.ratio), sum(len(s.ratio) for s in stored)) < MIN_BLOCKS:
         return Ruling(Outcome.INCONCLUSIVE, "few-blocks")
@@ -277,10 +306,13 @@ def rule(now: Arms, stored: Sequence[Arms], *, margin: float, criteria: int = 1)
     candidate = _change(now.candidate, [s.candidate for s in stored])
     reference = _change(now.reference, [s.reference for s in stored])
     limit = math.log1p(margin)
+    held = any(_held(n, t, limit) for n, t in _own_figures(now, stored))
     outcome, reason = _decide(ratio, limit, criteria)
     needed: int | None = None
     if all(_moved(arm, limit) for arm in (candidate, reference)):
         outcome, reason = Outcome.INCONCLUSIVE, "both-moved"
+    elif outcome is Outcome.PASS and not held:
+        outcome, reason = Outcome.INCONCLUSIVE, "neither-held"
     elif outcome is Outcome.FAIL and candidate.mean < OWN_SHARE * ratio.mean:
         outcome, reason = Outcome.INCONCLUSIVE, "reference-moved"
     elif outcome is Outcome.INCONCLUSIVE:
@@ -290,7 +322,7 @@ def rule(now: Arms, stored: Sequence[Arms], *, margin: float, criteria: int = 1)
         and ratio.interval(decision_level())[1] < 0
         and candidate.mean < 0  # a ratio that fell because the reference rose is no merit
     )
-    return Ruling(outcome, reason, improved, ratio, candidate, reference, needed)
+    return Ruling(outcome, reason, improved, ratio, candidate, reference, held, needed)
 
 
 def _change(now: Sequence[float], stored: Sequence[Sequence[float]]) -> LogMean:
@@ -311,6 +343,26 @@ def _moved(arm: LogMean, limit: float) -> bool:
     """Whether an arm's own figure is shown to be beyond the margin, on either side."""
     low, high = arm.interval(decision_level())
     return low > limit or high < -limit
+
+
+def _own_figures(
+    now: Arms, stored: Sequence[Arms]
+) -> tuple[tuple[Sequence[float], Sequence[float]], ...]:
+    """Each arm's blocks now and in all stored runs."""
+    return (
+        (now.candidate, [value for s in stored for value in s.candidate]),
+        (now.reference, [value for s in stored for value in s.reference]),
+    )
+
+
+def _held(now: Sequence[float], then: Sequence[float], limit: float) -> bool:
+    """Whether an arm's own figure is shown to be within the margin, on either side.
+
+    Against the stored blocks, however many runs they are of: how far runs scatter says what is
+    usual for the machine, not that this one stood where they did.
+    """
+    low, high = welch(now, then).interval(decision_level())
+    return -limit < low and high < limit
 
 
 def _blocks_for_verdict(
@@ -398,7 +450,8 @@ def _criterion(
     if name in _OBSERVED:
         value = _OBSERVED[name]
         then = [value(run, length, method) for run in stored]
-        ruling, shown = _observed_ruling(then, value(candidate, length, method), margin)
+        allowed = -margin if name in _WORSE_WHEN_LESS else margin
+        ruling, shown = _observed_ruling(then, value(candidate, length, method), allowed)
         low = high = None
     else:
         quantity = _quantity(name)
@@ -437,15 +490,19 @@ def _quantity(name: CriterionName) -> Quantity:
 
 
 def _observed_ruling(
-    then: Sequence[Estimate], now: Estimate, margin: float
+    then: Sequence[Estimate], now: Estimate, allowed: float
 ) -> tuple[Ruling, Estimate]:
-    """The ruling on a figure without spread, against the mean of the stored ones."""
+    """The ruling on a figure without spread, against the mean of the stored ones.
+
+    ``allowed`` is the change that fails, as a fraction; negative where less is worse.
+    """
     for side, found in [*(("then", e) for e in then), ("now", now)]:
         if found.value is None:
             why = Estimate(None, None, None, 0, f"{side}: {found.reason}")
             return Ruling(Outcome.INCONCLUSIVE, "not-observed"), why
     before, after = fmean(e.value for e in then if e.value is not None), now.value or 0.0
-    fails = after >= before * (1 + margin) and after > before
+    limit = before * (1 + allowed)
+    fails = after != before and (after >= limit if allowed > 0 else after <= limit)
     ruling = Ruling(Outcome.FAIL, "worse") if fails else Ruling(Outcome.PASS, "within-margin")
     if before == 0:
         return ruling, Estimate(None, None, None, now.blocks, f"was 0 before, is {after:g} now")
@@ -453,10 +510,12 @@ def _observed_ruling(
 
 
 def _own_ruling(ruling: Ruling, margin: float, criteria: int) -> Ruling:
-    """The ruling on the candidate's own figure; both arms moving leaves it open as well."""
+    """The ruling on the candidate's own figure; what both arms did leaves it open as well."""
     if ruling.candidate is None or ruling.reason == "both-moved":
         return replace(ruling, improved=False)
     outcome, reason = _decide(ruling.candidate, math.log1p(margin), criteria)
+    if outcome is Outcome.PASS and not ruling.held:
+        outcome, reason = Outcome.INCONCLUSIVE, "neither-held"
     improved = outcome is Outcome.PASS and ruling.candidate.interval(decision_level())[1] < 0
     return replace(
         ruling, outcome=outcome, reason=reason, improved=improved, blocks_for_verdict=None

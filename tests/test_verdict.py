@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from minference_green import verdict
 from minference_green.errors import ExitCode, MeasurementError, NotComparableError, UsageError
-from minference_green.results import Device, Observation, Window
+from minference_green.results import (
+    Device,
+    Divergence,
+    Faithfulness,
+    Observation,
+    Recall,
+    Window,
+)
 from minference_green.verdict import Arms, Outcome, compare, decision_level, next_look, rule
 
 WOBBLE = (0.004, -0.006, 0.002, 0.005, -0.003, -0.002)
@@ -77,6 +84,40 @@ def test_both_arms_beyond_the_margin_never_pass(both):
     ruling = rule(arms(candidate=both, reference=both), [arms()], margin=0.05)
     assert (ruling.outcome, ruling.reason) == (Outcome.INCONCLUSIVE, "both-moved")
     assert ruling.blocks_for_verdict is None
+
+
+def noisy_in_common(change, size):
+    """Both arms changed, with a noise of their blocks that cancels in the ratio."""
+    common = [size * s for s in (1, -1, 1, -1, 1, -1)]
+    return Arms(
+        tuple(change + c + w for c, w in zip(common, WOBBLE, strict=True)),
+        tuple(change + c for c in common),
+    )
+
+
+@pytest.mark.parametrize("change", [0.09, -0.09, 0.04, 0.0])
+def test_a_ratio_does_not_pass_where_neither_arm_is_shown_to_have_held(change):
+    stored = [noisy_in_common(0.0, 0.06)]
+    ruling = rule(noisy_in_common(change, 0.06), stored, margin=0.05)
+    assert ruling.ratio.interval(decision_level())[1] < D  # the ratio alone would pass
+    assert (ruling.outcome, ruling.reason) == (Outcome.INCONCLUSIVE, "neither-held")
+    assert not ruling.improved
+
+
+def test_one_arm_shown_to_have_held_is_enough_for_a_pass():
+    def other_moved(by):
+        return Arms(tuple(w - by for w in WOBBLE), (0.0,) * 6)
+
+    assert rule(other_moved(0.2), [arms()], margin=0.05).outcome is Outcome.PASS
+    # The same noise as above does no harm where it is small beside the margin.
+    calm = rule(noisy_in_common(0.0, 0.01), [noisy_in_common(0.0, 0.01)], margin=0.05)
+    assert calm.outcome is Outcome.PASS
+
+
+def test_a_regression_is_proven_by_the_ratio_however_noisy_both_arms_are():
+    noisy = noisy_in_common(0.0, 0.06)
+    dearer = Arms(tuple(c + 0.2 for c in noisy.candidate), noisy.reference)
+    assert rule(dearer, [noisy], margin=0.05).outcome is Outcome.FAIL
 
 
 def test_a_worse_ratio_by_a_cheaper_reference_is_the_references_doing():
@@ -236,6 +277,21 @@ def test_the_methods_own_joules_are_judged_from_five_stored_runs_on(make_run):
     assert compare(stored, dearer).outcome is Outcome.INCONCLUSIVE
 
 
+def test_the_methods_own_joules_do_not_pass_where_neither_arm_is_shown_to_have_held(make_run):
+    def noisy(base):
+        ups = [base * math.exp(s) for s in (0.06, -0.06) * 3]
+        ours = [[0.6 * up * math.exp(w)] for up, w in zip(ups, WOBBLE, strict=True)]
+        return make_run({(8192, "dense"): [[up] for up in ups], (8192, "minference"): ours})
+
+    stored = [noisy(100 + 0.1 * i) for i in range(5)]
+    found = compare(stored, noisy(100), margin={"energy_absolute": 0.30, "density": 0.1})
+    assert found.criteria[0].reason == "within-margin"
+    # Cheaper than before by less than the noise tells: within the margin above, perhaps not below.
+    found = compare(stored, noisy(93), margin={"energy_absolute": 0.05, "energy_ratio": 0.05})
+    assert [c.reason for c in found.criteria] == ["neither-held", "neither-held"]
+    assert (found.outcome, found.next_look) == (Outcome.INCONCLUSIVE, 10)
+
+
 def test_the_methods_own_joules_are_not_judged_across_an_allowed_mismatch(make_run):
     stored = [run_of(make_run, 0.6, reference=100 + 0.1 * i) for i in range(5)]
     other = run_of(make_run, 0.6, fingerprint={"dtype": "float16"})
@@ -326,11 +382,35 @@ def test_what_is_under_judgement_never_refuses_and_is_listed(make_run):
     ]
 
 
-def observed(make_run, density=0.2, error=0.03, memory=None):
+def lost(kl, recall):
+    of_rows = Divergence(
+        positions=64, kl_nats=kl, js_nats=0.0, top1_agreement=0.0, nll_change_nats=None
+    )
+    return Faithfulness(
+        prompt=of_rows,
+        last_rows=of_rows,
+        kl_nats_by_decile=(kl,) * 10,
+        layers=(0,),
+        rows=1,
+        recall=recall and Recall(by_head=((recall, recall),), by_decile=((recall,) * 10,)),
+        recall_reason=None if recall else "the method does not tell",
+        output_error=(0.0,),
+        residual_cosine=(1.0,),
+    )
+
+
+def observed(make_run, density=0.2, error=0.03, memory=None, kl=0.1, top1=0.8, recall=0.9):
     energy = {(8192, "dense"): [[100.0]] * 4, (8192, "minference"): [[60.0]] * 4}
     run = make_run(energy, density={(8192, "dense"): 1.0, (8192, "minference"): density})
     events = tuple(
-        e.model_copy(update={"logits_relative_error": error})
+        e.model_copy(
+            update={
+                "logits_relative_error": error,
+                "top1_agreement": top1,
+                "faithfulness": None if kl is None else lost(kl, recall),
+                "faithfulness_reason": "switched off" if kl is None else None,
+            }
+        )
         if isinstance(e, Observation)
         else e.model_copy(update={"peak_memory_bytes": memory})
         if isinstance(e, Window)
@@ -346,6 +426,9 @@ def observed(make_run, density=0.2, error=0.03, memory=None):
         ("density", {"density": 0.209}, {"density": 0.211}, None),
         ("output_error", {"error": 0.0314}, {"error": 0.0316}, {"error": None}),
         ("memory", {"memory": 1049}, {"memory": 1051}, {"memory": None}),
+        ("kl", {"kl": 0.1049}, {"kl": 0.1051}, {"kl": None}),
+        ("top1", {"top1": 0.761}, {"top1": 0.759}, {"top1": None}),
+        ("recall", {"recall": 0.856}, {"recall": 0.854}, {"recall": None}),
     ],
 )
 def test_what_does_not_vary_is_judged_against_its_margin_alone(
@@ -364,6 +447,27 @@ def test_what_does_not_vary_is_judged_against_its_margin_alone(
     if missing:
         # More blocks would not show what was never recorded, so no further look is offered.
         assert judged(**missing) == ("inconclusive", "not-observed", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "better"), [("kl", {"kl": 0.01}), ("top1", {"top1": 1.0}), ("recall", {"recall": 1.0})]
+)
+def test_losing_less_than_before_is_no_regression(make_run, name, better):
+    found = compare(observed(make_run), observed(make_run, **better), margin={name: 0.01})
+    assert found.outcome is Outcome.PASS
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "why"),
+    [
+        ("recall", {"recall": None}, "now: the method does not tell"),
+        ("recall", {"kl": None}, "now: switched off"),
+        ("kl", {"kl": None}, "now: switched off"),
+    ],
+)
+def test_what_was_not_observed_says_why(make_run, name, missing, why):
+    found = compare(observed(make_run), observed(make_run, **missing), margin={name: 0.05})
+    assert found.criteria[0].change.reason == why
 
 
 def test_an_output_error_where_there_was_none_is_worse_by_any_margin(make_run):
@@ -427,7 +531,32 @@ def gate():
 def test_no_change_is_never_called_a_regression(gate, stored_runs):
     said = gate.simulate(1500, stored_runs=stored_runs)
     assert gate.share(said, Outcome.FAIL) <= 0.005
-    assert gate.share(said, Outcome.PASS) >= 0.95
+    # Runs that are 2 % apart leave both arms near the margin now and then, with nothing changed.
+    assert gate.share(said, Outcome.PASS) >= 0.80
+
+
+def test_no_change_passes_on_a_machine_whose_runs_are_one_percent_apart(gate):
+    said = gate.simulate(400, noise=gate.Noise(between_runs=0.01))
+    assert gate.share(said, Outcome.PASS) >= 0.98
+
+
+@pytest.mark.parametrize("stored_runs", [1, 5])
+@pytest.mark.parametrize("between_blocks", [0.0, 0.06])
+def test_a_machine_that_changed_under_both_arms_never_passes_however_noisy(
+    gate, between_blocks, stored_runs
+):
+    noise = gate.Noise(between_runs=0.0, between_blocks=between_blocks)
+    both = {"candidate_change": 0.12, "reference_change": 0.12}
+    said = gate.simulate(150, **both, stored_runs=stored_runs, noise=noise)
+    assert gate.share(said, Outcome.PASS) == 0
+    assert gate.share(said, Outcome.FAIL) == 0
+
+
+def test_asking_proof_that_both_arms_moved_would_let_noisy_ones_pass(gate, monkeypatch):
+    noise = gate.Noise(between_runs=0.0, between_blocks=0.06)
+    both = {"candidate_change": 0.12, "reference_change": 0.12}
+    monkeypatch.setattr(verdict, "_held", lambda *_: True)
+    assert gate.share(gate.simulate(100, **both, noise=noise), Outcome.PASS) > 0.5
 
 
 @pytest.mark.parametrize("stored_runs", [1, 5])

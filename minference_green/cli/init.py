@@ -28,6 +28,9 @@ energy_absolute = "10%"               # the method's own joules; from five store
 # memory = "2%"                       # peak device memory (GPU only)
 # density = "10%"                     # what is computed of the causal pairs
 # output_error = "20%"                # error of the last logits against the reference arm
+# kl = "20%"                          # divergence of next tokens from the reference arm's
+# top1 = "1%"                         # most likely tokens shared with the reference arm
+# recall = "1%"                       # dense attention mass kept
 """
 
 WORKFLOW = """\

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 def verify(
     targets: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="Runs, or baseline:NAME for all its runs."),
+        typer.Argument(metavar="RUN...", help="Runs or audits, or baseline:NAME for all its runs."),
     ],
     baselines: Baselines = DEFAULT_ROOT,
     json_output: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Recompute runs from their raw windows: 0 as on file, 5 not, 3 for one not yet sealed.
+    """Recompute runs and audits from their raw numbers: 0 as on file, 5 not, 3 not yet sealed.
 
     A file changed after it was sealed is refused as a whole.
     """
@@ -41,9 +41,14 @@ def verify(
 def verifications(target: str, root: Path) -> Iterator["Verification"]:
     """What one argument names, recomputed."""
     from minference_green.baseline import PREFIX, runs_of
+    from minference_green.ledger import FILE_NAME, audit_file, load_audit
     from minference_green.results import run_file
     from minference_green.verify import verify as recompute
+    from minference_green.verify import verify_audit
 
+    file = audit_file(Path(target))
+    if file.name == FILE_NAME and file.is_file():
+        return iter((verify_audit(load_audit(file), file.parent),))
     directory = None if target.startswith(PREFIX) else run_file(Path(target)).parent
     return (recompute(run, directory) for run in runs_of(target, root))
 
@@ -53,8 +58,13 @@ def lines(one: "Verification") -> Iterator[str]:
     seal = "sealed and unchanged" if one.sealed else "not sealed, for it is not finished"
     beside = f", {', '.join(one.reports)} as made from it" if one.reports else ""
     word = "WRONG" if one.problems else "OK" if one.sealed else "OPEN"
+    counted = (
+        f"{one.windows} windows"
+        if one.answers is None
+        else f"{one.answers} answers, {one.windows} stretches"
+    )
     yield (
-        f"{word} {one.run_id}: {seal}; {one.windows} windows, {one.readings} readings "
+        f"{word} {one.run_id}: {seal}; {counted}, {one.readings} readings "
         f"recomputed{beside if not one.problems else ''}"
     )
     for problem in one.problems:

@@ -16,6 +16,9 @@ _WORDS: dict[CriterionName, str] = {
     "memory": "peak device memory",
     "density": "density",
     "output_error": "output error against {reference}",
+    "kl": "divergence of next tokens from {reference}",
+    "top1": "most likely tokens shared with {reference}",
+    "recall": "attention mass kept",
 }
 
 
@@ -98,6 +101,8 @@ def reason(criterion: Criterion) -> str:
             return f"the margin lies inside the deciding interval ({moved})"
         case "both-moved":
             return f"both-moved: both arms left the margin ({moved}); the machine differs"
+        case "neither-held":
+            return f"neither-held: neither arm is shown to be within the margin ({moved})"
         case "reference-moved":
             return f"reference-moved: {criterion.reference_method} got cheaper ({moved})"
         case "few-blocks" | "not-observed":  # have no change, see above

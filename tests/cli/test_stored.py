@@ -148,7 +148,8 @@ def test_init_writes_settings_that_the_commands_accept(call, monkeypatch):
     assert asked[0].methods == ("dense", "minference")
     # Also with every line in use.
     text = Path("green-bench.toml").read_text()
-    for line in ("context", "country", "latency", "memory", "density", "output_error"):
+    observed = ("memory", "density", "output_error", "kl", "top1", "recall")
+    for line in ("context", "country", "latency", *observed):
         assert f"# {line} =" in text
         text = text.replace(f"# {line} =", f"{line} =")
     tomllib.loads(text)

@@ -12,12 +12,14 @@ WOBBLE = (0.004, -0.006, 0.002, 0.005, -0.003, -0.002)
 
 @pytest.fixture
 def run_of(make_run):
-    def build(ratio, reference=100.0, blocks=6, spread=1.0, **more):
+    def build(ratio, reference=100.0, blocks=6, spread=1.0, common=0.0, **more):
         wobble = WOBBLE[:blocks]
         return make_run(
             {
-                (8192, "dense"): [[reference]] * blocks,
-                (8192, "minference"): [[reference * ratio * math.exp(spread * w)] for w in wobble],
+                (8192, "dense"): [[reference * math.exp(common * w)] for w in wobble],
+                (8192, "minference"): [
+                    [reference * ratio * math.exp((common + spread) * w)] for w in wobble
+                ],
             },
             density={(8192, "minference"): 0.2},
             **more,
@@ -51,6 +53,15 @@ def test_an_open_verdict_says_why(run_of, ratio, reference, words):
     text = lines(compare(run_of(0.6), run_of(ratio, reference)))
     assert text[0].startswith("INCONCLUSIVE")
     assert words in text[1]
+    assert "Next look at 10 blocks: go on with the same run (--resume)." in text
+
+
+def test_noise_that_hides_whether_the_machine_changed_is_the_reason(run_of):
+    text = lines(compare(run_of(0.6, common=12), run_of(0.6, common=12)))
+    assert text[0].startswith("INCONCLUSIVE")
+    assert (
+        "neither-held: neither arm is shown to be within the margin (minference +0.0 %" in text[1]
+    )
     assert "Next look at 10 blocks: go on with the same run (--resume)." in text
 
 
