@@ -284,7 +284,6 @@ def _consume(
         own_bits = bits_ptr + listed * n_words
         mbarrier.wait(q_full.index(SIDE), phase)
         q = qs.index(SIDE).reshape([TILE, DIM]).load(gl.DotOperandLayout(0, LOGITS, 2))
-        mbarrier.arrive(q_empty.index(SIDE), count=1)
 
         # Passed over, not left alone: see _copy.
         if SIDE == 0:
@@ -294,6 +293,10 @@ def _consume(
         diagonal = t + 1 - SIDE
         logits = _logits(q, ring, diagonal, LOGITS, TILE, DIM, RING)
         logits = warpgroup_mma_wait(0, deps=[logits])
+        # Not before: a group's barrier does not wait for its loads, which may queue behind the
+        # last tile's stores. The fence orders them before the copy of the next queries.
+        fence_async_shared()
+        mbarrier.arrive(q_empty.index(SIDE), count=1)
         mbarrier.arrive(k_empty.index(diagonal % RING), count=1)
         causal = gl.expand_dims(keys, 0) <= gl.expand_dims(rows, 1)
         logits = gl.where(causal, logits, float("-inf"))
