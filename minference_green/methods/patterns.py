@@ -49,7 +49,7 @@ class Probed:
     """
 
     top_k: int = 16
-    rows: int = 4
+    rows: int = 8
 
     def __post_init__(self) -> None:
         _check_sizes(self, least=1)

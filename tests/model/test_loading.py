@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from minference_green.errors import UsageError
+from minference_green.methods.patterns import Probed
 from minference_green.model import loading
 from minference_green.model.loading import load
 from minference_green.workload import Workload, synthetic_tokens
@@ -71,6 +72,13 @@ def test_a_model_that_comes_with_the_package_carries_its_patterns(spec, weights,
     config = model.model.config
     assert len(model.patterns) == config.num_hidden_layers
     assert len(model.patterns[0]) == config.num_attention_heads
+    if spec == "embedded":
+        assert len(model.probe_patterns) == config.num_hidden_layers
+        probed = [p for layer in model.probe_patterns for p in layer if isinstance(p, Probed)]
+        # Bands serve most heads; the others retrieve.
+        assert 0 < len(probed) < config.num_hidden_layers * config.num_attention_heads / 2
+    else:
+        assert model.probe_patterns is None
     assert model.parameters == sum(p.numel() for p in model.model.parameters())
     assert model.max_context == config.max_position_embeddings
     assert next(model.model.parameters()).dtype == torch.float32
@@ -129,7 +137,7 @@ def test_the_embedded_model_is_a_stock_class_that_anyone_can_load(no_network):
     model = AutoModelForCausalLM.from_pretrained(loading.EMBEDDED, dtype=torch.float32)
     assert type(model) is LlamaForCausalLM
     asked = (
-        "The price of Alba Toro is 417.0382. The motto of Una Ribe is \"tal ne ros\". "
+        'The price of Alba Toro is 417.0382. The motto of Una Ribe is "tal ne ros". '
         "\nQuestion: What is the price of Alba Toro?\nAnswer: The price of Alba Toro is "
     )
     ids = torch.tensor([[256, *asked.encode(), *b"417.0382"]])
