@@ -69,6 +69,10 @@ LOG_NAME = "worker.log"
 IDLE_SECONDS = {"gpu": 2.0, "cpu": 0.5}
 """Longest idle interval before and after a block."""
 
+AHEAD = 6
+"""Most workers started together. Loading libraries is most of what a short block costs; workers
+that load them side by side, before any of their blocks begins, disturb none and then sleep."""
+
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 
 
@@ -259,6 +263,8 @@ class _Experiment:
         self.meters: list[Meter] = []
         self.diagnoses: list[Diagnosis] = []
         """What the doctor last found of the devices read."""
+        self.waiting: list[WorkerProcess] = []
+        """Workers of the next blocks: started, and asleep."""
 
     def run(self) -> None:
         """Every block still missing, each in a worker of its own."""
@@ -272,6 +278,8 @@ class _Experiment:
             started = self.header is not None
             raise InterruptedRunError(self.directory, self.events, started=started) from None
         finally:
+            for worker in self.waiting:
+                worker.discard()
             for meter in self.meters:
                 meter.close()
 
@@ -301,7 +309,7 @@ class _Experiment:
     def _run_block(self) -> None:
         # A block cut short is measured anew under its number; readers take its last start.
         block = self.blocks_done
-        worker = WorkerProcess("minference_green.worker", self.directory / LOG_NAME)
+        worker = self._next_worker(block)
         conversation = _Conversation(self, block, worker)
         try:
             conversation.serve()
@@ -310,6 +318,19 @@ class _Experiment:
         finally:
             worker.stop()
         self.record(BlockDone(block=block))
+
+    def _next_worker(self, block: int) -> WorkerProcess:
+        """The next block's process; that of the first is alone, since it may refuse the request."""
+        if not self.waiting:
+            count = min(self.blocks_missing or 1, AHEAD)
+            self.progress.say(f"starting {count} process{'es' if count > 1 else ''}")
+            for _ in range(count):
+                worker = WorkerProcess("minference_green.worker", self.directory / LOG_NAME)
+                self.waiting.append(worker)
+            for worker in self.waiting:
+                if not worker.awake():
+                    self._worker_died(block, worker, None)
+        return self.waiting.pop(0)
 
     def record(self, event: Event) -> None:
         """Put a record on disk and in memory."""

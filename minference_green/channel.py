@@ -96,6 +96,22 @@ class WorkerProcess:
         os.close(theirs_read)
         os.close(theirs_write)
 
+    def awake(self) -> bool:
+        """Block until the process has its libraries and waits; false if it ended before.
+
+        It uses no device and no processor then until it is spoken to again.
+        """
+        try:
+            self.channel.ask("wake")
+        except (EOFError, BrokenPipeError):
+            return False
+        return True
+
+    def discard(self) -> None:
+        """Kill a process that has been given nothing to do."""
+        self._process.kill()
+        self.stop()
+
     def stop(self) -> int:
         """End the process if it still runs; its exit code, negative for a signal."""
         self.channel.close()

@@ -63,6 +63,9 @@ def work(read_fd: int, write_fd: int, job: Callable[[Channel, Message, torch.dev
     die_with_parent()
     with Channel(read_fd, write_fd) as channel:
         first = channel.receive()
+        if first is not None and first["type"] == "wake":
+            channel.send("awake")
+            first = channel.receive()
         if first is None:
             return 1
         try:
