@@ -320,9 +320,9 @@ class _Experiment:
         self.record(BlockDone(block=block))
 
     def _next_worker(self, block: int) -> WorkerProcess:
-        """The next block's process; that of the first is alone, since it may refuse the request."""
+        """The next block's process; until a device is known, as many as were asked for."""
         if not self.waiting:
-            count = min(self.blocks_missing or 1, AHEAD)
+            count = min(self.blocks_missing or self.request.blocks or 1, AHEAD)
             self.progress.say(f"starting {count} process{'es' if count > 1 else ''}")
             for _ in range(count):
                 worker = WorkerProcess("minference_green.worker", self.directory / LOG_NAME)
