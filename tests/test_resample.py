@@ -60,10 +60,39 @@ def test_a_change_raises_the_judged_arm_alone(resample, recorded):
 
 def test_stored_and_judged_blocks_are_never_the_same(resample, recorded, monkeypatch):
     drawn = []
-    monkeypatch.setattr(resample, "checked", lambda run, a, b, c: drawn.append((a, b)))
-    list(resample.checks(recorded(40), 0.0, 1))
+    run = recorded(40)
+    joules = {w.joules: w.block for w in run.windows if w.method == "dense"}
+
+    def remember(then, now, blocks, change):
+        drawn.append(({joules[w.joules] for w in then.windows if w.method == "dense"}, blocks))
+
+    monkeypatch.setattr(resample, "checked", remember)
+    list(resample.checks(run, 0.0, 1))
     assert len(drawn) == 20
-    assert all(not set(a) & set(b) and len(b) == 16 for a, b in drawn)
+    assert all(not a & set(b) and (len(a), len(b)) == (10, 16) for a, b in drawn)
+
+
+def test_runs_of_one_experiment_are_pooled_and_numbered_through(resample, recorded):
+    first, second = recorded(6), recorded(4)
+    both = resample.pooled([first, second])
+    assert both.blocks_done == frozenset(range(10))
+    assert [w.joules for w in both.windows] == [w.joules for w in (*first.windows, *second.windows)]
+
+
+def test_runs_of_two_experiments_are_not_pooled(resample, recorded, make_run):
+    other = make_run({(8192, "dense"): [[100.0]] * 4, (8192, "a-shape"): [[60.0]] * 4})
+    with pytest.raises(SystemExit, match="is another experiment than"):
+        resample.pooled([recorded(6), other])
+
+
+def test_blocks_with_a_planted_loss_are_judged_as_they_were_measured(resample, recorded, make_run):
+    dearer = make_run({(8192, "dense"): [[100.0]] * 16, (8192, "minference"): [[72.0]] * 16})
+    found = {v.outcome for v in resample.checks(recorded(40), 0.1, 1, dearer)}
+    assert found == {"fail"}
+    same = make_run({(8192, "dense"): [[100.0]] * 16, (8192, "minference"): [[60.0]] * 16})
+    assert {v.outcome for v in resample.checks(recorded(40), 0.1, 1, same)} == {"pass"}
+    with pytest.raises(SystemExit, match="6 worse blocks, and a check may take 16"):
+        list(resample.checks(recorded(40), 0.1, 1, recorded(6)))
 
 
 def test_on_a_steady_machine_20_of_20_are_right_on_either_side(recorded, store):
