@@ -24,7 +24,13 @@ import torch
 
 from minference_green.errors import UsageError
 from minference_green.kernels.index import TILE, causal_pairs
-from minference_green.methods.patterns import AShape, BlockSparse, HeadPattern, VerticalSlash
+from minference_green.methods.patterns import (
+    AShape,
+    BlockSparse,
+    HeadPattern,
+    Probed,
+    VerticalSlash,
+)
 
 STEPS = ("dense", "choose", "attend")
 
@@ -160,7 +166,12 @@ def dense_work(batch: int, heads: int, n: int) -> Work:
 
 
 def choose_work(patterns: Sequence[HeadPattern], batch: int, n: int) -> Work:
-    """Terms of estimate and index; an A-shape has nothing to estimate."""
+    """Terms of estimate and index; an A-shape has nothing to estimate.
+
+    Raises ``UsageError`` for a probed head: no law has a term for probing.
+    """
+    if probed := [p for p in patterns if isinstance(p, Probed)]:
+        raise UsageError(f"laws do not know what {probed[0]} costs; run probe by itself, not auto")
     estimated = [p for p in patterns if isinstance(p, VerticalSlash)]
     blocked = [p for p in patterns if isinstance(p, BlockSparse)]
     chosen = sum(min(n, p.vertical_size) + min(n, p.slash_size) for p in estimated)

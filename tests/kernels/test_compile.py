@@ -184,7 +184,7 @@ def test_estimators_do_not_spill(name, capability, tmp_path):
         assert not re.search(r"\bATOMG?\.", got.sass)
 
 
-@pytest.mark.parametrize("capability", [HOPPER, AMPERE], ids=["hopper", "ampere"])
+@each_capability
 def test_probing_does_not_spill(capability, tmp_path):
     from minference_green.kernels import probe
 

@@ -24,7 +24,13 @@ from minference_green.methods.law import (
     law_for,
     read_law,
 )
-from minference_green.methods.patterns import AShape, BlockSparse, HeadPattern, VerticalSlash
+from minference_green.methods.patterns import (
+    AShape,
+    BlockSparse,
+    HeadPattern,
+    Probed,
+    VerticalSlash,
+)
 
 ROOT = Path(__file__).parents[2]
 MIXED: list[HeadPattern] = [VerticalSlash(30, 800), AShape(16, 64), BlockSparse(4)]
@@ -220,3 +226,10 @@ def test_measured_slashes_are_exactly_the_budget(
     assert found == sorted(set(found))
     assert found[0] >= 0
     assert found[-1] < n
+
+
+def test_a_law_refuses_what_it_has_no_term_for() -> None:
+    with pytest.raises(
+        UsageError, match=r"what Probed\(top_k=8, rows=4\) costs; run probe by itself"
+    ):
+        choose_work([AShape(), Probed(8, 4)], 1, 1000)
