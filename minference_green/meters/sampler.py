@@ -117,6 +117,9 @@ class Sampler:
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
+            # A sampler that was killed leaves half a line, whose last number may be cut as well.
+            if not line.endswith("\n"):
+                break
             try:
                 row = tuple(float(word) for word in line.split())
             except ValueError:

@@ -26,13 +26,19 @@ class Blind:
         self._hidden = torch.tensor(sorted(tokens), dtype=torch.long)
 
     def attend(self, q, k, v, *, scale, layer):
-        n = k.shape[2]
-        mask = torch.ones(n, n, dtype=torch.bool).tril()
-        mask[:, self._hidden] = False
-        mask.fill_diagonal_(True)
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        return scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        seen = torch.ones(k.shape[2], dtype=torch.bool)
+        seen[self._hidden] = False
+        out = torch.empty_like(q)
+        # Rows that are seen attend to what is seen, those that are not also to themselves.
+        out[:, :, seen] = scaled_dot_product_attention(
+            q[:, :, seen], k[:, :, seen], v[:, :, seen], is_causal=True, scale=scale
+        )
+        i, j = self._hidden[:, None], torch.arange(k.shape[2])
+        mask = (j <= i) & (seen | (j == i))
+        out[:, :, ~seen] = scaled_dot_product_attention(q[:, :, ~seen], k, v, mask, scale=scale)
+        return out
 
 
 @pytest.fixture(scope="module")

@@ -156,3 +156,18 @@ def test_the_process_is_small():
     )
     out = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert out.stdout.strip() == "[]", out.stderr
+
+
+def test_a_line_that_a_killed_sampler_left_unfinished_is_no_sample(spec, tmp_path, monkeypatch):
+    half = tmp_path / "half.py"
+    half.write_text("print('1.0 300.0 125.5'); print('2.0 30', end='', flush=True)")
+    begin = subprocess.Popen
+    monkeypatch.setattr(
+        "minference_green.meters.sampler.subprocess.Popen",
+        lambda command, **settings: begin([sys.executable, str(half)], **settings),
+    )
+    sampler = Sampler(["simulated", spec, "0.0"])
+    wait_for(lambda: "the sampler ended (exit 0)" in str(sampler.problem))
+    assert [s.watts for s in sampler.samples(0, 0.0, 9.0)] == [300.0]
+    assert [s.watts for s in sampler.samples(1, 0.0, 9.0)] == [125.5]
+    sampler.close()
