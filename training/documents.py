@@ -37,9 +37,6 @@ SHARED_FILLER = 4096
 """Length from which a text has filler of its own."""
 
 REPEATED = 0.1
-ALIASED = 0.25
-ALIAS_FIRST = 0.06
-CODED = 0.06
 CODE_LENGTH = 3
 FAMILIES = (
     ("facts", 0.62),
@@ -49,6 +46,24 @@ FAMILIES = (
     ("copies", 0.05),
     ("sections", 0.05),
 )
+
+
+@dataclass(frozen=True)
+class Names:
+    """How often facts get other names, as chances per fact.
+
+    ``behind`` and ``before`` the fact is stated; ``coded`` is filed under a code that other
+    sentences refer to. Of the names before, a share ``far`` stands well before it.
+    """
+
+    behind: float
+    before: float
+    coded: float
+    far: float
+
+
+SOME_NAMES = Names(behind=0.25, before=0.06, coded=0.06, far=0.0)
+MANY_NAMES = Names(behind=0.35, before=0.3, coded=0.12, far=0.7)
 
 
 @dataclass
@@ -94,11 +109,11 @@ class Document:
     answer: NDArray[np.int8]
 
 
-def document(seed: int, index: int, length: int) -> Document:
+def document(seed: int, index: int, length: int, names: Names = SOME_NAMES) -> Document:
     """One text of exactly ``length`` tokens, the same for the same numbers everywhere."""
     draws = Draws(seed, "document", length, index)
     text = _Text(length - 1)
-    _Writer(draws, text).write()
+    _Writer(draws, text, names).write()
     ids = np.empty(length, np.int16)
     ids[0] = BOS
     ids[1:] = np.frombuffer(bytes(text.bytes[: length - 1]), np.uint8)
@@ -112,9 +127,11 @@ def document(seed: int, index: int, length: int) -> Document:
 class _Writer:
     """Writes passages in random order, and asks for what stands before."""
 
-    def __init__(self, draws: Draws, text: _Text) -> None:
-        self.draws, self.text = draws, text
+    def __init__(self, draws: Draws, text: _Text, names: Names) -> None:
+        self.draws, self.text, self.names = draws, text, names
         self.known: list[_Known] = []
+        self.named: list[tuple[_Known, _Known]] = []
+        """Facts yet to be stated, each with the other name it has already."""
         self.keys: list[tuple[str, Key]] = []
         self.taken: set[tuple[str, Key]] = set()
         self.entries: list[tuple[str, str]] = []
@@ -171,11 +188,20 @@ class _Writer:
 
     def _state(self) -> None:
         """A fact; at times another said again, replaced, or given a second name."""
-        draws, text = self.draws, self.text
+        draws, text, names = self.draws, self.text, self.names
+        if self.named and draws.chance(0.5):
+            fact, other = self.named.pop(draws.below(len(self.named)))
+            self._say(fact)
+            self.known += [fact, other]
+            return
         kind, key = self._key()
         fact = _Known(kind, key, value(kind, draws))
-        if draws.chance(ALIAS_FIRST):
-            self._alias(fact)
+        if draws.chance(names.before):
+            other = self._rename(fact)
+            if names.far and draws.chance(names.far):
+                self.named.append((fact, other))
+                return
+            self.known.append(other)
             self._breathe()
         self._say(fact)
         self.known.append(fact)
@@ -192,7 +218,7 @@ class _Writer:
         if draws.chance(UPDATED) and not (old := draws.pick(self.known)).aliased:
             old.value = value(old.kind, draws)
             text.add(language.update(old.kind, old.key) + old.value + language.ending(old.kind))
-        if draws.chance(ALIASED):
+        if draws.chance(names.behind):
             self._alias(draws.pick(self.known))
 
     def _say(self, fact: _Known) -> None:
@@ -202,10 +228,13 @@ class _Writer:
 
     def _alias(self, fact: _Known) -> None:
         """Another name for what a fact is about, to be asked under that name."""
+        self.known.append(self._rename(fact))
+
+    def _rename(self, fact: _Known) -> _Known:
         fact.aliased = True
         other = Key(fact.key.attribute, language.entity(self.draws))
         self.text.add(language.alias(fact.key, other.entity))
-        self.known.append(_Known(fact.kind, other, fact.value, aliased=True))
+        return _Known(fact.kind, other, fact.value, aliased=True)
 
     def _breathe(self) -> None:
         if self.draws.chance(0.5):
@@ -222,7 +251,7 @@ class _Writer:
                 kind, key = near_kind, language.near_duplicate(near, draws)
             elif draws.chance(SAME_ENTITY):
                 key = Key(key.attribute, near.entity)
-            elif draws.chance(CODED):
+            elif draws.chance(self.names.coded):
                 key = Key(key.attribute, _code(draws))
         if (kind, key) in self.taken:
             return self._key()

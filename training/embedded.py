@@ -8,7 +8,7 @@ import argparse
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +17,45 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from training.documents import document
+from training.documents import MANY_NAMES, SOME_NAMES, Names, document
 from training.network import Network, Shape, fastest_backend
 from training.positions import jumping_positions
 
 SEED = 1
 STEP_TOKENS = 131_072
-STAGES = ((512, 150e6), (2_048, 131e6), (8_192, 165e6), (32_768, 118e6), (131_072, 30e6))
-"""Row length and tokens of each stage."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Stages of (row length, tokens) under one rise and decline of the learning rate.
+
+    ``rate`` is the share of the full rate it reaches, ``decline`` the share of its steps over
+    which it falls to ``last``. ``names`` and ``far`` say what documents and positions hold.
+    """
+
+    stages: tuple[tuple[int, float], ...]
+    rate: float
+    decline: float
+    last: float
+    names: Names
+    far: float
+
+
+LEARN = Pass(
+    ((512, 150e6), (2_048, 131e6), (8_192, 165e6), (32_768, 118e6), (131_072, 30e6)),
+    rate=1.0, decline=0.3, last=0.05, names=SOME_NAMES, far=0.0,
+)  # fmt: skip
+
+REFINE = Pass(
+    ((2_048, 100e6), (8_192, 110e6), (32_768, 60e6), (131_072, 21e6)),
+    rate=0.5, decline=1.0, last=0.02, names=MANY_NAMES, far=0.5,
+)  # fmt: skip
+"""What the first pass leaves: facts whose other name stands far before them, and the far end of
+the positions."""
 
 MATRIX_RATE = 0.02
 OTHER_RATE = 3e-3
 WARM_UP_STEPS = 100
-DECAY_SHARE = 0.3
-LAST_RATE = 0.05
 CLIP = 1.0
 WEIGHTS = (0.1, 3.0, 1.0)
 """Weight of a byte that answers nothing, of an answer's first and of its others: the first alone
@@ -38,60 +63,62 @@ has to be found in the text, the others follow it."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Row length of every step."""
+class Step:
+    """What one step trains on; ``rate`` is the share of the full learning rate."""
 
-    step_tokens: int
-    lengths: tuple[int, ...]
-
-    @property
-    def steps(self) -> int:
-        """Steps of all stages."""
-        return len(self.lengths)
-
-    def rows(self, step: int) -> int:
-        """Rows of a step."""
-        return max(1, self.step_tokens // self.lengths[step])
-
-    def rate(self, step: int) -> float:
-        """Share of the full learning rate: warm-up, level, a straight decline at the end."""
-        decline = min(1.0, (self.steps - step) / (DECAY_SHARE * self.steps))
-        return min((step + 1) / WARM_UP_STEPS, LAST_RATE + (1 - LAST_RATE) * decline)
+    rows: int
+    length: int
+    rate: float
+    names: Names
+    far: float
 
 
-def plan(stages: tuple[tuple[int, float], ...], step_tokens: int) -> Plan:
-    """The steps of stages of (row length, tokens)."""
-    lengths = [
-        length for length, tokens in stages for _ in range(round(tokens / max(step_tokens, length)))
-    ]
-    return Plan(step_tokens, tuple(lengths))
+def plan(passes: tuple[Pass, ...], step_tokens: int) -> tuple[Step, ...]:
+    """Every step of the passes; a step has ``step_tokens`` tokens, or one longer row."""
+    steps: list[Step] = []
+    for one in passes:
+        lengths = [
+            length
+            for length, tokens in one.stages
+            for _ in range(round(tokens / max(step_tokens, length)))
+        ]
+        for i, length in enumerate(lengths):
+            decline = min(1.0, (len(lengths) - i) / (one.decline * len(lengths)))
+            rate = one.rate * min((i + 1) / WARM_UP_STEPS, one.last + (1 - one.last) * decline)
+            steps.append(Step(max(1, step_tokens // length), length, rate, one.names, one.far))
+    return tuple(steps)
 
 
 class Steps(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Ids, answer marks and positions, ``[rows, length]`` each, of every step from ``first`` on."""
 
-    def __init__(self, whole: Plan, first: int, seed: int) -> None:
+    def __init__(self, whole: tuple[Step, ...], first: int, seed: int) -> None:
         self.plan, self.first, self.seed = whole, first, seed
 
     def __len__(self) -> int:
-        return self.plan.steps - self.first
+        return len(self.plan) - self.first
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        step = self.first + i
-        rows, length = self.plan.rows(step), self.plan.lengths[step]
-        made = [document(self.seed, step * self.plan.step_tokens + r, length) for r in range(rows)]
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        number = self.first + i
+        step = self.plan[number]
+        made = [
+            document(self.seed, number * step.rows * step.length + row, step.length, step.names)
+            for row in range(step.rows)
+        ]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         return (
             torch.from_numpy(np.stack([one.ids for one in made])),
             torch.from_numpy(np.stack([one.answer for one in made])),
-            jumping_positions(rows, length, generator),
+            jumping_positions(step.rows, step.length, generator, step.far),
         )
 
 
 class Trainer:
     """Network, optimisers and the step reached; saved and loaded as one folder."""
 
-    def __init__(self, whole: Plan, shape: Shape, device: torch.device, seed: int) -> None:
+    def __init__(
+        self, whole: tuple[Step, ...], shape: Shape, device: torch.device, seed: int
+    ) -> None:
         self.plan, self.device, self.seed, self.step = whole, device, seed, 0
         self.network = Network(shape, compiled=device.type == "cuda")
         self.network.initialise(seed)
@@ -105,7 +132,7 @@ class Trainer:
 
     def train(self, ids: Tensor, marks: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """One step; the loss, and the share of answers whose first byte came out right."""
-        rate = self.plan.rate(self.step)
+        rate = self.plan[self.step].rate
         for optimiser, full in ((self.muon, MATRIX_RATE), (self.adam, OTHER_RATE)):
             for group in optimiser.param_groups:
                 group["lr"] = full * rate
@@ -235,8 +262,13 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
-    stages = tuple((length, tokens * options.scale) for length, tokens in STAGES)
-    trainer = Trainer(plan(stages, STEP_TOKENS), Shape(), device, SEED)
+    passes = tuple(
+        replace(
+            one, stages=tuple((length, tokens * options.scale) for length, tokens in one.stages)
+        )
+        for one in (LEARN, REFINE)
+    )
+    trainer = Trainer(plan(passes, STEP_TOKENS), Shape(), device, SEED)
     checkpoint = options.work / "checkpoint"
     if checkpoint.exists():
         trainer.load(checkpoint)

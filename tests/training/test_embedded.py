@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from training.embedded import STAGES, STEP_TOKENS, Steps, Trainer, export, plan, run
+from training.documents import SOME_NAMES
+from training.embedded import LEARN, REFINE, STEP_TOKENS, Pass, Steps, Trainer, export, plan, run
 from training.network import Network, Shape
 from training.positions import LONGEST, jumping_positions
 
@@ -22,7 +23,9 @@ SMALL = Shape(
 
 
 def trainer(steps: int = 6) -> Trainer:
-    return Trainer(plan(((64, 256 * steps), (128, 256 * 2)), 256), SMALL, CPU, seed=1)
+    stages = ((64, 256 * steps), (128, 256 * 2))
+    once = Pass(stages, rate=1.0, decline=0.3, last=0.05, names=SOME_NAMES, far=0.0)
+    return Trainer(plan((once,), 256), SMALL, CPU, seed=1)
 
 
 def advance(one: Trainer, steps: int) -> list[float]:
@@ -77,19 +80,29 @@ def test_a_piece_logs_stops_and_saves(tmp_path):
     run(one, tmp_path, seconds=0.0, workers=0)
     assert one.step == 1
     run(one, tmp_path, seconds=1e9, workers=0, every=2)
-    assert one.step == one.plan.steps == 8
+    assert one.step == len(one.plan) == 8
     steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 4, 6, 8]
     assert json.loads((tmp_path / "checkpoint/step.json").read_text()) == {"step": 8, "seed": 1}
 
 
-def test_the_rate_rises_stays_and_declines():
-    whole = plan(STAGES, STEP_TOKENS)
-    rates = [whole.rate(step) for step in range(whole.steps)]
+def test_the_rate_rises_stays_and_declines_and_rises_half_as_high_again():
+    steps = plan((LEARN, REFINE), STEP_TOKENS)
+    learn = len(plan((LEARN,), STEP_TOKENS))
+    rates = [step.rate for step in steps]
     assert rates[0] == pytest.approx(0.01)
-    assert rates[100] == rates[whole.steps // 2] == 1.0
-    assert rates[-1] == pytest.approx(0.05, abs=0.001)
-    assert [whole.lengths[0], whole.lengths[-1]] == [512, 131_072]
+    assert rates[100] == rates[learn // 2] == 1.0
+    assert rates[learn - 1] == pytest.approx(0.05, abs=0.001)
+    assert 0.4 < max(rates[learn:]) <= 0.5
+    assert rates[-1] == pytest.approx(0.01, abs=0.001)
+    lengths = [step.length for step in steps]
+    assert [lengths[0], lengths[learn - 1], lengths[learn], lengths[-1]] == [
+        512,
+        131072,
+        2048,
+        131072,
+    ]
+    assert {step.rows * step.length for step in steps} == {STEP_TOKENS}
 
 
 @pytest.mark.parametrize("length", [64, 512, 131_072])
@@ -103,3 +116,12 @@ def test_positions_rise_and_some_leap_far(length):
     assert 0.1 < plain < 0.5
     assert positions.max() > 0.3 * LONGEST
     assert (steps > 1).sum(1).max() <= 15
+
+
+def test_more_positions_are_far_where_the_leaps_are_uniform():
+    ends = [
+        jumping_positions(2000, 64, torch.Generator().manual_seed(0), far)[:, -1] for far in (0, 1)
+    ]
+    log_uniform, uniform = ((end > LONGEST / 2).float().mean() for end in ends)
+    assert log_uniform < 0.06
+    assert 0.33 < uniform < 0.42  # half of the three rows in four that leap
