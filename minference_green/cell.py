@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from minference_green.methods.backend import synchronize
 from minference_green.methods.dense import Dense
 from minference_green.methods.method import PrefillMethod
 from minference_green.model.attention import switched
+from minference_green.model.decode import Decoder
 from minference_green.model.loading import LoadedModel
 
 
@@ -31,13 +32,6 @@ class Interval(NamedTuple):
         return (self.end - self.start) / self.repeats
 
 
-class Cache(Protocol):
-    """What is used of a model's cache."""
-
-    def crop(self, max_length: int) -> None:
-        """Shorten by ``-max_length`` tokens."""
-
-
 class Cell:
     """One arm at one context length, ready to prefill."""
 
@@ -45,17 +39,22 @@ class Cell:
         self, model: LoadedModel, method: PrefillMethod, dense: Dense, ids: Tensor
     ) -> None:
         self.model, self.method, self.dense, self.ids = model, method, dense, ids
+        self.decoder: Decoder | None = None
+        """Holds what prefill leaves for decode; without one each prefill has a cache of its own."""
         self.seconds = 0.0
         self.decode_seconds = 0.0
 
     @torch.inference_mode()
     def prefill(self, keep: int | Tensor = 1) -> Tensor:
-        """Logits ``[B, kept, vocabulary]`` of one prefill that fills a fresh cache."""
+        """Logits ``[B, kept, vocabulary]`` of one prefill that fills an empty cache."""
         with switched(self.model.model, self.method, dense=self.dense):
             return self._forward(keep)
 
-    def _forward(self, keep: int | Tensor) -> Tensor:
-        out = self.model.model(input_ids=self.ids, use_cache=True, logits_to_keep=keep)
+    def _forward(self, keep: int | Tensor = 1) -> Tensor:
+        cache = self.decoder.emptied() if self.decoder else None
+        out = self.model.model(
+            input_ids=self.ids, past_key_values=cache, use_cache=True, logits_to_keep=keep
+        )
         logits: Tensor = out.logits
         return logits
 
@@ -63,58 +62,41 @@ class Cell:
     def repeat(self, times: int, least_seconds: float = 0.0) -> Interval:
         """Prefill ``times`` times; on a CPU also until ``least_seconds`` have passed."""
         with switched(self.model.model, self.method, dense=self.dense):
-            return self._timed(times, least_seconds, lambda: self._forward(1))
+            return self._timed(times, least_seconds, self._forward)
+
+    @torch.inference_mode()
+    def capture(self) -> str | None:
+        """Prefill, and capture the decoder's steps; why not, if the model's code refuses."""
+        with switched(self.model.model, self.method, dense=self.dense):
+            return self._prefilled().capture()
 
     @torch.inference_mode()
     def decode(
-        self,
-        times: int,
-        tokens: int,
-        ready: Callable[[], object],
-        least_seconds: float = 0.0,
+        self, times: int, ready: Callable[[], object], least_seconds: float = 0.0
     ) -> Interval:
-        """Generate ``tokens`` greedily over one prompt's cache, ``times`` times.
+        """Generate the decoder's tokens greedily over one prompt's cache, ``times`` times.
 
         The prefill, which produces the first of them, is done before ``ready`` is called, and
         the interval begins after it. Each repeat begins again at the prompt's end. Attention is
         dense over the cache that the method's prefill left.
         """
         with switched(self.model.model, self.method, dense=self.dense):
-            cache, first = self._prefilled()
+            decoder = self._prefilled()
             synchronize(self.ids.device)
             ready()
-
-            def once() -> None:
-                self._generate(cache, first, tokens)
-                cache.crop(1 - tokens)
-
-            return self._timed(times, least_seconds, once)
+            return self._timed(times, least_seconds, decoder.generate)
 
     @torch.inference_mode()
-    def request(self, times: int, tokens: int, least_seconds: float = 0.0) -> Interval:
-        """Prefill and generate ``tokens``, ``times`` times, each with a cache of its own."""
+    def request(self, times: int, least_seconds: float = 0.0) -> Interval:
+        """Prefill and generate the decoder's tokens, ``times`` times."""
         with switched(self.model.model, self.method, dense=self.dense):
-            return self._timed(
-                times, least_seconds, lambda: self._generate(*self._prefilled(), tokens)
-            )
+            return self._timed(times, least_seconds, lambda: self._prefilled().generate())
 
-    def _prefilled(self) -> tuple[Cache, Tensor]:
-        """The cache of one prefill, and the token it produced for each sequence."""
-        out = self.model.model(input_ids=self.ids, use_cache=True, logits_to_keep=1)
-        return out.past_key_values, out.logits[:, -1:].argmax(-1)
-
-    def _generate(self, cache: Cache, token: Tensor, tokens: int) -> None:
-        """Tokens after the first, each on the host before the next is begun, as a server does.
-
-        Without the wait, the host would prepare a good part of a request's decode while the GPU
-        still prefills: a request would be shorter than its parts, by up to a seventh.
-        """
-        for _ in range(tokens - 1):
-            synchronize(self.ids.device)
-            out = self.model.model(
-                input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-            token = out.logits[:, -1:].argmax(-1)
+    def _prefilled(self) -> Decoder:
+        """The decoder after one prefill."""
+        assert self.decoder is not None, "a cell decodes with a decoder"
+        self.decoder.begin(self._forward())
+        return self.decoder
 
     @torch.inference_mode()
     def repeat_step(

@@ -31,6 +31,7 @@ from minference_green.methods.method import (
 from minference_green.methods.official import check_shape
 from minference_green.methods.sparse import SparsePrefill
 from minference_green.model.attention import switched
+from minference_green.model.decode import Decoder
 from minference_green.model.loading import LoadedModel, load
 from minference_green.model.rest import fused, triton_pieces
 from minference_green.observe import observe
@@ -131,9 +132,13 @@ def _serve(
         arms = _arms(cells, length, methods)
         if not arms:
             continue
+        if task.decode_tokens:
+            _ready_to_decode(channel, task, length, arms)
         if length == task.workload.context_lengths[0]:
             _settle(channel, arms, task.warmup_seconds)
         _measure(channel, task, length, arms)
+        for cell in arms.values():
+            cell.decoder = None
         free_memory(device)
         if task.breakdown:
             break_down(channel, task, length, arms)
@@ -230,13 +235,13 @@ def _prepare(
                 cell = Cell(model, dense if isinstance(method, Dense) else method, dense, ids)
                 if isinstance(method, Auto):
                     cell.method = decided(channel, task, method, cell)
+                if task.decode_tokens:
+                    cell.decoder = _decoder(cell, task)
                 if name not in compiled:
                     cell.repeat(1)
                     compiled.add(name)
                 cell.seconds = cell.repeat(1).seconds_each  # how many fit a window
-                if task.decode_tokens:
-                    decoded = cell.decode(1, task.decode_tokens, lambda: None)
-                    cell.decode_seconds = decoded.seconds_each
+                cell.decoder = None  # its memory is another cell's until this one is measured
             except torch.OutOfMemoryError as error:
                 _skip(channel, task, length, name, error)
                 continue
@@ -244,6 +249,32 @@ def _prepare(
                 free_memory(ids.device)
             cells[length, name] = cell
     return cells
+
+
+def _decoder(cell: Cell, task: Task) -> Decoder:
+    batch, length = cell.ids.shape
+    return Decoder(cell.model.model, batch=batch, length=length, tokens=task.decode_tokens)
+
+
+def _ready_to_decode(channel: Channel, task: Task, length: int, arms: dict[str, Cell]) -> None:
+    """Give the arms of a length a decoder that they share, capture it, and time each arm's.
+
+    They can share it because decode is dense in every arm, by the same kernel.
+    """
+    first, *_ = arms
+    channel.ask("cell", step="capturing decode of", context_length=length, method=first)
+    decoder = _decoder(arms[first], task)
+    for cell in arms.values():
+        cell.decoder = decoder
+    refusal = arms[first].capture()
+    if refusal and task.block == 0:
+        text = (
+            f"decode at {format_length(length)} runs without CUDA graphs, so the GPU waits for "
+            f"Python at every token and its joules wander: {refusal}"
+        )
+        channel.ask("record", record=Note(message=text).model_dump(mode="json"))
+    for cell in arms.values():
+        cell.decode_seconds = cell.decode(1, lambda: None).seconds_each
 
 
 class TimesBackends:
@@ -382,12 +413,12 @@ def _measure(channel: Channel, task: Task, length: int, arms: dict[str, Cell]) -
                 tokens = prompt
             case "decode":
                 repeats = repeats_for(task.window_seconds, cell.decode_seconds)
-                took = cell.decode(repeats, task.decode_tokens, ready, task.window_seconds)
+                took = cell.decode(repeats, ready, task.window_seconds)
                 tokens = generated
             case "request":
                 repeats = repeats_for(task.window_seconds, cell.seconds + cell.decode_seconds)
                 ready()
-                took = cell.request(repeats, task.decode_tokens, task.window_seconds)
+                took = cell.request(repeats, task.window_seconds)
                 tokens = prompt + generated
         channel.ask(
             "window",

@@ -33,6 +33,9 @@ BACKENDS = {
 
 _CPU_BACKENDS = ("flash", "math")
 
+_ONE_QUERY = [BACKENDS[name] for name in BACKENDS if name != "cudnn"]
+"""For one query over a cache: flash splits the keys. cuDNN would plan anew at every length."""
+
 _REFUSALS = ("No available kernel", "No viable backend")
 """How PyTorch says, on CUDA and elsewhere, that the one backend allowed takes no such inputs."""
 
@@ -204,4 +207,7 @@ def _continue(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
             mask = causal_lower_right(n_q, n_k)
         else:
             mask = torch.ones(n_q, n_k, dtype=torch.bool).tril(n_k - n_q)
+    elif q.device.type == "cuda":
+        with sdpa_kernel(_ONE_QUERY):
+            return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
     return scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
