@@ -31,7 +31,7 @@ from minference_green.methods.method import (
 from minference_green.methods.official import check_shape
 from minference_green.methods.sparse import SparsePrefill
 from minference_green.model.attention import switched
-from minference_green.model.decode import Decoder
+from minference_green.model.decode import Decoder, RoomyCache
 from minference_green.model.loading import LoadedModel, load
 from minference_green.model.rest import fused, triton_pieces
 from minference_green.observe import observe
@@ -117,6 +117,8 @@ def _serve(
     device = model.model.device
     # Lengths the model refuses end the run before it has a file.
     prompts = {n: model.prompt(task.workload, n) for n in task.workload.context_lengths}
+    if task.decode_tokens:
+        RoomyCache(model.model, 0)  # as does a model that it refuses; allocates nothing
     loaded = time.monotonic()
     channel.ask("loaded", **identity(model, methods, rest), seconds=loaded - began)
     _note_dense_layers(channel, task, model)
