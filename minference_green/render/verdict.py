@@ -6,7 +6,7 @@ from typing import Any
 
 from minference_green.render.markdown import escaped
 from minference_green.render.numbers import ABSENT, percent, significant
-from minference_green.verdict import Criterion, CriterionName, Outcome, Verdict
+from minference_green.verdict import GUARD, Criterion, CriterionName, Outcome, Verdict
 from minference_green.workload import format_length
 
 _WORDS: dict[CriterionName, str] = {
@@ -102,7 +102,8 @@ def reason(criterion: Criterion) -> str:
         case "both-moved":
             return f"both-moved: both arms left the margin ({moved}); the machine differs"
         case "neither-held":
-            return f"neither-held: neither arm is shown to be within the margin ({moved})"
+            near = f"within {GUARD * criterion.margin:.1%} of where it stood"
+            return f"neither-held: neither arm is shown to be {near} ({moved})"
         case "reference-moved":
             return f"reference-moved: {criterion.reference_method} got cheaper ({moved})"
         case "few-blocks" | "not-observed":  # have no change, see above
@@ -122,6 +123,11 @@ def _advice(verdict: Verdict) -> Iterator[str]:
         yield (
             f"About {max(needed)} blocks would decide with 90 % power "
             "if the change is what it appears to be."
+        )
+    if any(c.judged and c.reason == "neither-held" for c in verdict.criteria):
+        yield (
+            "Noise that both arms share hides whether the machine changed: "
+            "calm it, or measure more blocks."
         )
     if verdict.next_look is not None:
         yield f"Next look at {verdict.next_look} blocks: go on with the same run (--resume)."

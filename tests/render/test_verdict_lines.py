@@ -60,8 +60,10 @@ def test_noise_that_hides_whether_the_machine_changed_is_the_reason(run_of):
     text = lines(compare(run_of(0.6, common=12), run_of(0.6, common=12)))
     assert text[0].startswith("INCONCLUSIVE")
     assert (
-        "neither-held: neither arm is shown to be within the margin (minference +0.0 %" in text[1]
+        "neither-held: neither arm is shown to be within 7.5% of where it stood (minference +0.0 %"
+        in text[1]
     )
+    assert any("hides whether the machine changed: calm it, or measure more" in t for t in text)
     assert "Next look at 10 blocks: go on with the same run (--resume)." in text
 
 
