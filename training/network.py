@@ -85,8 +85,11 @@ class Network(nn.Module):
                     std = 0.02 if "embed" in name else tensor.shape[1] ** -0.5
                     tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
 
-    def hidden(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Last hidden states ``[rows * length, hidden]`` of ``ids, positions [rows, length]``."""
+    def hidden(self, ids: Tensor, positions: Tensor, softness: float = 1.0) -> Tensor:
+        """Last hidden states ``[rows * length, hidden]`` of ``ids, positions [rows, length]``.
+
+        Attention logits are multiplied by ``softness``.
+        """
         shape, (rows, length) = self.shape, ids.shape
         dtype = torch.bfloat16 if ids.is_cuda else torch.float32
         x = functional.embedding(ids.reshape(-1), self.model.embed_tokens.weight).to(dtype)
@@ -94,7 +97,11 @@ class Network(nn.Module):
         for layer in self.model.layers:
             q, k, v = self._before(x, *_weights(layer, _BEFORE), cos, sin, shape)
             q, k, v = (t.view(rows, length, -1, shape.head_dim).transpose(1, 2) for t in (q, k, v))
-            out = _attention(q, k, v, self.backend).transpose(1, 2).reshape(rows * length, -1)
+            out = (
+                _attention(q, k, v, self.backend, softness)
+                .transpose(1, 2)
+                .reshape(rows * length, -1)
+            )
             x = self._after(x, out, *_weights(layer, _AFTER), shape)
         return x
 
@@ -142,12 +149,15 @@ def fastest_backend(shape: Shape, rows: int, length: int) -> SDPBackend:
     return min(milliseconds, key=milliseconds.__getitem__)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Tensor:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend, softness: float = 1.0
+) -> Tensor:
     """Causal attention; keys are expanded, as not every backend takes groups backward."""
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, 1) for t in (k, v))
     with sdpa_kernel(backend):
-        return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        scale = softness * q.shape[-1] ** -0.5
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
 
 def _rotation(positions: Tensor, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
