@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from minference_green.results import load
+from minference_green.results import Note, load
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +63,17 @@ def test_fewer_than_two_tokens_are_refused(green_bench, tokens) -> None:
     done = green_bench("run", "--decode", tokens)
     assert done.returncode == 2
     assert "must be 2 or more" in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_decode_is_replayed_and_no_note_says_otherwise(green_bench, tmp_path) -> None:
+    done = green_bench(
+        "run", "--model", "planted:tiny", "--context", "32k", "--decode", "65", "--blocks", "1",
+        "--window", "3s", "--warmup", "5s", "--dtype", "bfloat16", "--output", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [directory] = tmp_path.iterdir()
+    run = load(directory)
+    assert not [note.message for note in run.of(Note) if "CUDA graphs" in note.message]
+    assert {w.phase for w in run.windows if w.valid} == {"prefill", "decode", "request"}
