@@ -96,12 +96,7 @@ def test_the_rate_rises_stays_and_declines_and_rises_a_quarter_as_high_again():
     assert 0.15 < max(rates[learn:]) <= 0.25
     assert rates[-1] == pytest.approx(0.0125, abs=0.001)
     lengths = [step.length for step in steps]
-    assert [lengths[0], lengths[learn - 1], lengths[learn], lengths[-1]] == [
-        512,
-        131072,
-        2048,
-        131072,
-    ]
+    assert [lengths[0], lengths[learn - 1], lengths[-1]] == [512, 131_072, 131_072]
     assert {step.rows * step.length for step in steps} == {STEP_TOKENS}
 
 
