@@ -181,10 +181,11 @@ def _print_both_arms(sims: int) -> None:
     print("\nPASS where both arms changed alike, by what separates blocks or runs; one stored run")
     print("of 10 blocks, five in the last column. In brackets the least that any rule passes which")
     print(f"passes {UNCHANGED:.0%} with nothing changed, where runs scatter.")
-    print(f"{'both arms':>12}" + "".join(f"{name:>15}" for name in BOTH_ARMS))
+    room = {name: 8 if noise.between_runs else 0 for name, (_, noise) in BOTH_ARMS.items()}
+    print(f"{'both arms':>12}" + "".join(f"{name:>12}{'':{room[name]}}" for name in BOTH_ARMS))
     for change in (0.0, -0.06, 0.06, -0.08, 0.08, -0.10, 0.10, -0.12, 0.12, -0.20, 0.20):
         cells = []
-        for stored, noise in BOTH_ARMS.values():
+        for name, (stored, noise) in BOTH_ARMS.items():
             both = {"candidate_change": change, "reference_change": change}
             said = simulate(sims, **both, stored_runs=stored, noise=noise)
             bound = ""
@@ -193,7 +194,7 @@ def _print_both_arms(sims: int) -> None:
                     change, between_runs=noise.between_runs, stored_runs=stored
                 )
                 bound = f"({100 * least:.1f})"
-            cells.append(f"{100 * share(said, Outcome.PASS):6.1f}% {bound:>7}")
+            cells.append(f"{100 * share(said, Outcome.PASS):11.1f}%{bound:>{room[name]}}")
         print(f"{100 * change:+11.1f}%" + "".join(cells))
 
 

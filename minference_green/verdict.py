@@ -334,7 +334,7 @@ def rule(
         needed = _blocks_for_verdict(change, blocks, limit, criteria)
     improved = (
         outcome is Outcome.PASS
-        and change.interval(decision_level())[1] < 0
+        and _deciding(change)[1] < 0
         and candidate.mean < 0  # a ratio that fell because the reference rose is no merit
     )
     return Ruling(outcome, reason, improved, change, candidate, reference, needed)
@@ -351,23 +351,27 @@ def _pooled(now: Sequence[float], stored: Sequence[Sequence[float]]) -> LogMean:
     return welch(now, [*chain(*stored)])
 
 
+def _deciding(change: LogMean, criteria: int = 1) -> tuple[float, float]:
+    return change.interval(decision_level(criteria))
+
+
 def _decide(change: LogMean, limit: float, criteria: int) -> tuple[Outcome, Reason]:
-    if change.interval(decision_level())[1] < limit:
+    if _deciding(change)[1] < limit:
         return Outcome.PASS, "within-margin"
-    if change.interval(decision_level(criteria))[0] >= limit:
+    if _deciding(change, criteria)[0] >= limit:
         return Outcome.FAIL, "worse"
     return Outcome.INCONCLUSIVE, "margin-in-interval"
 
 
 def _moved(arm: LogMean, limit: float) -> bool:
     """Whether an arm's own figure is shown to be beyond the limit, on either side."""
-    low, high = arm.interval(decision_level())
+    low, high = _deciding(arm)
     return low > limit or high < -limit
 
 
 def _held(arm: LogMean, limit: float) -> bool:
     """Whether an arm's own figure is shown to be within the limit, on both sides."""
-    low, high = arm.interval(decision_level())
+    low, high = _deciding(arm)
     return -limit < low and high < limit
 
 
@@ -469,7 +473,7 @@ def _criterion(
             own=name == "energy_absolute",
         )
         shown = _shown(ruling.change, len(now.ratio))
-    low, high = ruling.change.interval(decision_level()) if ruling.change else (None, None)
+    low, high = _deciding(ruling.change) if ruling.change else (None, None)
     return Criterion(
         name=name,
         context_length=length,
