@@ -121,9 +121,13 @@ def _mark_kernel(starts_ptr, bits_ptr, n_starts, n_words, TILE: tl.constexpr, BL
 
 
 def _band_bits(tile_starts: Tensor, n_k: int) -> Tensor:
-    """Bits ``[B, H, ceil(n_k / 32)]`` int32: whether a distance ``e`` lies under a band tile."""
+    """Bits ``[B, H, W]`` int32: whether a distance ``e`` lies under a band tile.
+
+    The second tile of a pair may lie wholly past the last query; it is computed, not stored, and
+    asks for distances up to ``n_k + TILE - 2``.
+    """
     batch, heads, n_starts = tile_starts.shape
-    n_words = triton.cdiv(n_k, 32)
+    n_words = triton.cdiv(n_k + TILE, 32)
     bits = torch.zeros(batch, heads, n_words, dtype=torch.int32, device=tile_starts.device)
     if n_starts:
         block = 128
@@ -214,7 +218,7 @@ def band_attention(
     scale: float,
     out: Tensor | None = None,
     return_lse: bool = False,
-    pairs: bool = False,
+    pairs: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the pairs that ``index.mask`` shows, for the heads it lists.
 
@@ -225,9 +229,9 @@ def band_attention(
     ``out=None`` allocates it, in q's memory layout. A query tile reads a key only if at least
     one of its rows sees it. Nothing waits for the device.
 
-    ``pairs`` asks for the kernel of ``band_pair.py``, in which two query tiles share key tiles
-    (Hopper, head_dim up to 128, rows at multiples of 16 bytes; an error elsewhere). It is faster,
-    and no method asks for it: on an H200 it now and then gives a row that is wrong (NOTES.md).
+    ``pairs`` is the kernel of ``band_pair.py``, in which two query tiles share key tiles: by
+    default wherever it fits (Hopper, head_dim up to 128, rows at multiples of 16 bytes),
+    ``False`` never, ``True`` or an error. The pairs attended to are the same.
 
     Raises ``ValueError`` with the value on a shape, dtype, device or layout that does not fit.
     """
@@ -243,9 +247,10 @@ def band_attention(
     group = q.shape[1] // k.shape[1]
     column_k, column_v = _gather(k, v, heads, columns, group)
     bits = _band_bits(tile_starts, n_k)
-    if pairs:
-        if why_not := _pairs_refusal(q=q, k=k, v=v):
-            raise ValueError(f"pairs {why_not}; leave pairs out")
+    why_not = None if pairs is False else _pairs_refusal(q=q, k=k, v=v)
+    if pairs and why_not:
+        raise ValueError(f"pairs {why_not}; leave pairs out")
+    if pairs is not False and not why_not:
         # Imported here: Gluon is for Hopper only.
         from minference_green.kernels import band_pair
 
