@@ -3,7 +3,8 @@
 A map, from the bottom up (a module imports only from its own floor or below):
 
 0. ``kernels``: Triton kernels, their torch CPU path and float64 oracles
-1. ``results``, ``workload``, ``errors``, ``ledger``: plain data; ``corpus``: texts with known facts
+1. ``journal``, ``results``, ``ledger``, ``workload``, ``errors``: plain data and its files;
+   ``corpus``: texts with known facts
 2. ``stats``, ``verdict``, ``retention``, ``render``: readers of results; neither torch nor NVML
 3. ``methods``, ``meters``, ``carbon``: prefill methods; energy readings; gCO2e;
    ``faithfulness``: what a method's attention and output lost

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from minference_green import fingerprint
 from minference_green.errors import MeasurementError, NotComparableError, UsageError
-from minference_green.results import Record, Run, SealError, load, run_file
+from minference_green.journal import Record, SealError
+from minference_green.results import Run, load, run_file
 from minference_green.stats import invalid_share
 from minference_green.validity import MAX_INVALID_SHARE
 from minference_green.verdict import MIN_BLOCKS

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal, Protocol
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 import minference_green
 from minference_green.carbon import terms
@@ -25,6 +25,7 @@ from minference_green.errors import (
     NotComparableError,
     UsageError,
 )
+from minference_green.journal import Journal, Record, Seal
 from minference_green.meters.choose import open_meters
 from minference_green.meters.meter import Meter
 from minference_green.parent import (
@@ -37,6 +38,7 @@ from minference_green.parent import (
     timestamp,
 )
 from minference_green.results import (
+    EVENT,
     FILE_NAME,
     Backends,
     BlockDone,
@@ -46,15 +48,12 @@ from minference_green.results import (
     Extension,
     Header,
     Idle,
-    Journal,
     MethodSpec,
     Observation,
     Plan,
     Reading,
-    Record,
     Replay,
     Run,
-    Seal,
     Setup,
     Skip,
     Window,
@@ -72,8 +71,6 @@ IDLE_SECONDS = {"gpu": 2.0, "cpu": 0.5}
 AHEAD = 6
 """Most workers started together. Loading libraries is most of what a short block costs; workers
 that load them side by side, before any of their blocks begins, disturb none and then sleep."""
-
-_EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 
 
 class Grid(Record):
@@ -190,7 +187,7 @@ def run(request: Request, output: Path, progress: Progress) -> Path:
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     directory = output / f"{stamp}-{secrets.token_hex(2)}"
     # The first thing on disk: an unwritable place is found before minutes of work.
-    with Journal(directory) as journal:
+    with Journal(directory / FILE_NAME) as journal:
         try:
             _Experiment(request, directory, journal, None, progress).run()
         except GreenBenchError:
@@ -223,7 +220,7 @@ def _continue(directory: Path, progress: Progress, extension: tuple[int, str] | 
         raise UsageError(
             f"there is no run at {directory}; give the ID and the --output of an interrupted run"
         )
-    with Journal(directory) as journal:
+    with Journal(directory / FILE_NAME) as journal:
         so_far = load(directory)
         request = Request.model_validate(so_far.header.request)
         experiment = _Experiment(request, directory, journal, so_far, progress)
@@ -473,7 +470,7 @@ class _Conversation:
                     )
                 )
             case "record":
-                experiment.record(_EVENT.validate_python(message["record"]))
+                experiment.record(EVENT.validate_python(message["record"]))
             case "temperature":
                 return {"celsius": self._temperature()}
             case "ready":

@@ -14,8 +14,9 @@ import psutil
 
 from minference_green.errors import MeasurementError, UsageError
 from minference_green.grams import embodied_grams, operational_grams
+from minference_green.journal import Record
 from minference_green.meters.meter import Meter
-from minference_green.results import CarbonTerms, Reading, Record
+from minference_green.results import CarbonTerms, Reading
 from minference_green.validity import doubts
 
 FORWARDED = (

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from minference_green.errors import UsageError
-from minference_green.results import Record
+from minference_green.journal import Record
 
 Outcome = Literal["OK", "WARN", "FAIL"]
 

@@ -1,19 +1,15 @@
 """An audit as plain data: what was asked, what each method answered, what it cost.
 
-An audit is one file, ``audit.jsonl``: a header line, then one line per finished step, each on
-disk before the next step begins. Nothing else is stored; every figure of a report is a
-function of these records.
+An audit is one file, ``audit.jsonl``, a journal (see :mod:`minference_green.journal`). Nothing
+else is stored; every figure of a report is a function of these records.
 """
 
-import hashlib
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
-from minference_green.errors import NotComparableError, UsageError
+from minference_green.journal import Record, Recorded, Seal, read_records
 from minference_green.results import (
     Backends,
     DeviceState,
@@ -21,9 +17,6 @@ from minference_green.results import (
     MethodSpec,
     Note,
     Reading,
-    Record,
-    Seal,
-    SealError,
     Skip,
     headline_joules,
 )
@@ -249,17 +242,8 @@ Event = Annotated[
 EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 
 
-class Audit(Record):
+class Audit(Recorded[AuditHeader, Event]):
     """An audit file in memory."""
-
-    header: AuditHeader
-    events: tuple[Event, ...]
-    cut: bool = False
-    """The last line was cut short (a killed process, a full disk) and was left out."""
-
-    def of(self, kind: type[Any]) -> Iterator[Any]:
-        """Events of one record type, in file order."""
-        return (e for e in self.events if isinstance(e, kind))
 
     @property
     def answers_planned(self) -> int:
@@ -289,11 +273,6 @@ class Audit(Record):
         """Whether every arm that could run has answered every haystack."""
         return self.answers_done >= self.answers_planned
 
-    @property
-    def sealed(self) -> bool:
-        """Whether a digest covers the whole file; an unfinished audit has none yet."""
-        return bool(self.events) and isinstance(self.events[-1], Seal) and not self.cut
-
 
 def audit_file(path: Path) -> Path:
     """The audit file that ``path`` means: itself, or the ``audit.jsonl`` inside a directory."""
@@ -301,57 +280,7 @@ def audit_file(path: Path) -> Path:
 
 
 def load_audit(path: Path) -> Audit:
-    """Read an audit from its file or directory.
-
-    A last line cut short is left out and marked in ``Audit.cut``; damage anywhere else is an
-    error. Raises ``UsageError`` naming file, line and what is wrong, ``SealError`` for a file
-    that is not what was sealed, ``NotComparableError`` for another schema.
-    """
+    """Read an audit from its file or directory; raises as :func:`journal.read_records` does."""
     file = audit_file(path)
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read audit {file}: {error.strerror}") from error
-    *lines, rest = raw.split(b"\n")
-    events: list[Event] = []
-    digest = hashlib.sha256()
-    for number, line in enumerate(lines, 1):
-        event = _parse(line, file, number)
-        if isinstance(event, Seal) and event.sha256 != digest.hexdigest():
-            raise SealError(
-                f"{file} was changed after it was sealed (line {number} seals other bytes than "
-                "those before it); its figures cannot be trusted: restore it, or audit again"
-            )
-        digest.update(line + b"\n")
-        events.append(event)
-    if not events or not isinstance(events[0], AuditHeader):
-        raise UsageError(
-            f"{file} holds no complete header line, so there is nothing to read; "
-            "give a directory or an audit.jsonl written by green-bench audit"
-        )
-    return Audit(header=events[0], events=tuple(events[1:]), cut=rest != b"")
-
-
-def _parse(line: bytes, file: Path, number: int) -> Event:
-    try:
-        data = json.loads(line)
-    except ValueError as error:
-        raise UsageError(
-            f"{file} line {number} is not JSON ({error}); the file was damaged or edited: "
-            "restore it, or delete from that line on and resume the audit"
-        ) from error
-    if isinstance(data, dict) and data.get("event") == "header":
-        found = str(data.get("schema_version"))
-        if found.split(".")[0] != SCHEMA.split(".")[0]:
-            raise NotComparableError(
-                f"{file} has schema {found}, this version reads {SCHEMA.split('.')[0]}.x; "
-                "read it with the green-bench version that wrote it"
-            )
-    try:
-        return EVENT.validate_python(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(
-            f"{file} line {number} is not a record of an audit: {where}: {first['msg']}"
-        ) from error
+    header, events, cut = read_records(file, "audit", SCHEMA, EVENT, AuditHeader)
+    return Audit(header=header, events=events, cut=cut)

@@ -139,7 +139,8 @@ class Green:
             ) from None
 
     def _record(self, arms: dict[str, Callable[[], object]]) -> Path:
-        from minference_green.results import BlockDone, Journal
+        from minference_green.journal import Journal
+        from minference_green.results import FILE_NAME, BlockDone
 
         blocks, seconds = self._option("blocks"), self._option("window")
         assert isinstance(blocks, int)
@@ -151,7 +152,7 @@ class Green:
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
         directory = self._config.rootpath / str(self._option("output")) / self._baseline / stamp
         repeats = {name: _repeats(function, seconds) for name, function in arms.items()}
-        with self._meters() as meters, Journal(directory) as journal:
+        with self._meters() as meters, Journal(directory / FILE_NAME) as journal:
             journal.append(_header(self._test, stamp, meters, blocks, seconds))
             for event in _blocks(arms, repeats, meters, blocks):
                 journal.append(event)

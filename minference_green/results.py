@@ -1,23 +1,18 @@
-"""A run as plain data: the records, and the journal file that holds them.
+"""A run as plain data: the records of its file, ``run.jsonl``.
 
-A run is one file, ``run.jsonl``: a header line, then one line per finished step, each on
-disk before the next step begins. Nothing else is stored; every figure of a report is a
-function of these records. Units are in the names; joules are null with a reason where they
-could not be measured.
+The file is a journal (see :mod:`minference_green.journal`). Nothing else is stored; every
+figure of a report is a function of these records. Units are in the names; joules are null with
+a reason where they could not be measured.
 """
 
-import fcntl
-import hashlib
-import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
-from minference_green.errors import MeasurementError, NotComparableError, UsageError
+from minference_green.journal import Record, Recorded, Seal, read_records
 from minference_green.workload import Workload
 
 SCHEMA = "1.0"
@@ -32,12 +27,6 @@ comes from no device at all."""
 
 Phase = Literal["prefill", "decode", "request"]
 """What a window repeats: the prompt, the tokens generated after it, or both as one request."""
-
-
-class Record(BaseModel):
-    """Frozen, and strict about its fields: an unknown one means another schema."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Reading(Record):
@@ -60,7 +49,7 @@ class Reading(Record):
     """Counter and independent integral disagree beyond the stated tolerance."""
     headline: bool = True
     """False for figures shown beside the headline and never added to it."""
-    evidence: dict[str, float] = {}
+    evidence: dict[str, float] = Field(default_factory=dict)
     """Raw numbers ``joules`` was computed from."""
 
 
@@ -82,7 +71,7 @@ class DeviceState(Record):
     memory_clock_mhz: float | None = None
     power_limit_watts: float | None = None
     memory_used_bytes: int | None = None
-    throttle_seconds: dict[str, float] = {}
+    throttle_seconds: dict[str, float] = Field(default_factory=dict)
     """Cumulative time by cause: ``power_cap``, ``thermal``, ``power_brake``..."""
 
 
@@ -219,7 +208,7 @@ class Backends(Record):
     dtype: str
     seconds: dict[str, float | None]
     """Median seconds per call; null where the backend refuses the shape."""
-    reasons: dict[str, str] = {}
+    reasons: dict[str, str] = Field(default_factory=dict)
     chosen: str
 
 
@@ -451,17 +440,6 @@ class Extension(Record):
     reason: str
 
 
-class Seal(Record):
-    """Digest of all bytes of the file before this line; written when a run has its blocks.
-
-    It finds damage and careless edits, not a forger: it has no key. A run that is given more
-    blocks keeps its earlier seals, which stay checkable.
-    """
-
-    event: Literal["seal"] = "seal"
-    sha256: str
-
-
 Event = Annotated[
     Header
     | Setup
@@ -478,20 +456,11 @@ Event = Annotated[
     | Seal,
     Field(discriminator="event"),
 ]
-_EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 
 
-class Run(Record):
+class Run(Recorded[Header, Event]):
     """A run file in memory."""
-
-    header: Header
-    events: tuple[Event, ...]
-    cut: bool = False
-    """The last line was cut short (a killed process, a full disk) and was left out."""
-
-    def of(self, kind: type[Any]) -> Iterator[Any]:
-        """Events of one record type, in file order."""
-        return (e for e in self.events if isinstance(e, kind))
 
     @property
     def windows(self) -> tuple[Window, ...]:
@@ -516,15 +485,6 @@ class Run(Record):
         """Whether every planned block finished."""
         return len(self.blocks_done) >= self.blocks_planned
 
-    @property
-    def sealed(self) -> bool:
-        """Whether a digest covers the whole file; an unfinished run has none yet."""
-        return bool(self.events) and isinstance(self.events[-1], Seal) and not self.cut
-
-
-class SealError(MeasurementError):
-    """A file was changed after it was sealed."""
-
 
 def run_file(path: Path) -> Path:
     """The run file that ``path`` means: itself, or the ``run.jsonl`` inside a directory."""
@@ -532,130 +492,7 @@ def run_file(path: Path) -> Path:
 
 
 def load(path: Path) -> Run:
-    """Read a run from its file or directory.
-
-    A last line cut short is left out and marked in ``Run.cut``; damage anywhere else is an
-    error. Raises ``UsageError`` naming file, line and what is wrong, ``SealError`` for a file
-    that is not what was sealed, ``NotComparableError`` for another schema.
-    """
+    """Read a run from its file or directory; raises as :func:`journal.read_records` does."""
     file = run_file(path)
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read run {file}: {error.strerror}") from error
-    lines = raw.split(b"\n")
-    cut = lines[-1] != b""
-    events: list[Event] = []
-    digest = hashlib.sha256()
-    for number, line in enumerate(lines[:-1], 1):
-        event = _parse(line, file, number)
-        if isinstance(event, Seal) and (
-            event.sha256 != digest.hexdigest() or line != _line(event).rstrip(b"\n")
-        ):
-            raise SealError(
-                f"{file} was changed after it was sealed (line {number} seals other bytes than "
-                "those before it); its figures cannot be trusted: restore it, or measure again"
-            )
-        digest.update(line + b"\n")
-        events.append(event)
-    if not events or not isinstance(events[0], Header):
-        raise UsageError(
-            f"{file} holds no complete header line, so there is nothing to read; "
-            "give a run directory or a run.jsonl written by green-bench run"
-        )
-    return Run(header=events[0], events=tuple(events[1:]), cut=cut)
-
-
-def _line(event: Record) -> bytes:
-    return event.model_dump_json().encode() + b"\n"
-
-
-def _parse(line: bytes, file: Path, number: int) -> Event:
-    try:
-        data = json.loads(line)
-    except ValueError as error:
-        raise UsageError(
-            f"{file} line {number} is not JSON ({error}); the file was damaged or edited: "
-            "restore it, or delete from that line on and resume the run"
-        ) from error
-    if isinstance(data, dict) and data.get("event") == "header":
-        found = str(data.get("schema_version"))
-        if found.split(".")[0] != SCHEMA.split(".")[0]:
-            raise NotComparableError(
-                f"{file} has schema {found}, this version reads {SCHEMA.split('.')[0]}.x; "
-                "read it with the green-bench version that wrote it"
-            )
-    try:
-        return _EVENT.validate_python(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(
-            f"{file} line {number} is not a record of a run: {where}: {first['msg']}"
-        ) from error
-
-
-class Journal:
-    """Appends records to a file of them, each on disk before :meth:`append` returns.
-
-    The file is locked while open, so that two processes never write one run.
-    """
-
-    def __init__(self, directory: Path, file_name: str = FILE_NAME) -> None:
-        self.path = directory / file_name
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: bytes a full disk refused must not come back with the next record.
-            self._file = self.path.open("ab", buffering=0)
-        except OSError as error:
-            raise UsageError(
-                f"cannot write to {directory}: {error.strerror}; choose another place with --output"
-            ) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise UsageError(
-                f"{self.path} is being written by another run; wait for it, "
-                "or start a new run with another --output"
-            ) from error
-        self._drop_cut_line()
-
-    def append(self, event: Record) -> None:
-        """Write one record; raises ``MeasurementError`` when the disk refuses it."""
-        fd = self._file.fileno()
-        before = os.fstat(fd).st_size
-        line = _line(event)
-        try:
-            while line:
-                line = line[os.write(fd, line) :]
-            os.fsync(fd)
-        except OSError as error:
-            # What was written of the line would make the next record unreadable.
-            os.ftruncate(fd, before)
-            raise MeasurementError(
-                f"could not write to {self.path}: {error.strerror}; "
-                "everything before is kept, make room and resume"
-            ) from error
-
-    def seal(self) -> Seal:
-        """Write the digest of everything in the file as its last record."""
-        event = Seal(sha256=hashlib.sha256(self.path.read_bytes()).hexdigest())
-        self.append(event)
-        return event
-
-    def close(self) -> None:
-        """Release the file and its lock."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _drop_cut_line(self) -> None:
-        raw = self.path.read_bytes()
-        keep = raw.rfind(b"\n") + 1
-        if keep < len(raw):
-            os.ftruncate(self._file.fileno(), keep)
+    header, events, cut = read_records(file, "run", SCHEMA, EVENT, Header)
+    return Run(header=header, events=events, cut=cut)

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from minference_green.journal import Journal
 from minference_green.results import (
+    FILE_NAME,
     BlockDone,
     CarbonTerms,
     Device,
@@ -14,7 +16,6 @@ from minference_green.results import (
     Event,
     Fingerprint,
     Header,
-    Journal,
     MethodSpec,
     Observation,
     Plan,
@@ -251,7 +252,7 @@ def store(tmp_path: Path) -> Callable[..., Path]:
     def write(run: Run, name: str = "", *, seal: bool = True) -> Path:
         directory = tmp_path / "runs" / (name or run.header.run_id)
         named = run.header.model_copy(update={"run_id": directory.name})
-        with Journal(directory) as journal:
+        with Journal(directory / FILE_NAME) as journal:
             for event in (named, *run.events):
                 journal.append(event)
             if seal:

@@ -9,7 +9,8 @@ import pytest
 from minference_green import baseline, fingerprint
 from minference_green.baseline import BaselineMissingError
 from minference_green.errors import ExitCode, MeasurementError, UsageError
-from minference_green.results import SealError, run_file
+from minference_green.journal import SealError
+from minference_green.results import run_file
 
 WOBBLE = (0.004, -0.006, 0.002, 0.005, -0.003, -0.002)
 CREATED = datetime.fromisoformat("2026-05-01T10:00:00+00:00")

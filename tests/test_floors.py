@@ -15,6 +15,7 @@ FLOORS = {
     "kernels": 0,
     "errors": 0,
     "workload": 1,
+    "journal": 1,
     "results": 1,
     "grams": 1,
     "channel": 1,

@@ -22,6 +22,7 @@ from minference_green.errors import (
     NotComparableError,
     UsageError,
 )
+from minference_green.journal import Journal, Seal
 from minference_green.ledger import (
     EVENT,
     FILE_NAME,
@@ -50,10 +51,8 @@ from minference_green.parent import (
 from minference_green.results import (
     Backends,
     DeviceState,
-    Journal,
     MethodSpec,
     Reading,
-    Seal,
     Skip,
 )
 from minference_green.validity import distrusted, doubts
@@ -106,7 +105,7 @@ def audit(
     resolve(request, "gpu")  # what is contradictory is so on every device
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     directory = output / f"audit-{stamp}-{secrets.token_hex(2)}"
-    with Journal(directory, FILE_NAME) as journal:
+    with Journal(directory / FILE_NAME) as journal:
         conversation = Conversation(request, directory, journal, None, progress)
         try:
             conversation.run(serve)
@@ -126,7 +125,7 @@ def resume(directory: Path, progress: Progress, serve: Serve | None = None) -> P
         raise UsageError(
             f"there is no audit at {directory}; give the directory of an interrupted one"
         )
-    with Journal(directory, FILE_NAME) as journal:
+    with Journal(directory / FILE_NAME) as journal:
         so_far = load_audit(directory)
         request = AuditRequest.model_validate(so_far.header.request)
         Conversation(request, directory, journal, so_far, progress).run(serve)

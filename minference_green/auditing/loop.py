@@ -67,8 +67,8 @@ def ask_everything(
     """Put every question of every haystack to every arm at one length.
 
     ``haystacks`` are how many each arm is asked about, ``seconds`` what one prefill takes it,
-    ``prompts_in_memory`` how many caches fit. An arm that runs out of memory is skipped from
-    there on, and the others go on.
+    ``prompts_in_memory`` how many caches fit. An arm that runs out of memory, or whose answers
+    have no finite probability, is skipped from there on, and the others go on.
     """
     fastest = min(seconds.values(), default=1.0)
     size = min(prompts_in_memory, MOST_IN_GROUP, math.ceil(WINDOW_SECONDS / fastest))
@@ -88,12 +88,16 @@ def ask_everything(
                     prompts[index] = respondent.prompt(index, length)
                     _tell_asked(parent, prompts[index], index, length, so_far)
             chosen = {index: prompts[index] for index in todo}
+            whole = len(chosen) * seconds.get(name, WINDOW_SECONDS)
+            rounds = max(1, math.ceil(WINDOW_SECONDS / whole)) if whole > 0 else 1
             try:
-                whole = len(chosen) * seconds.get(name, WINDOW_SECONDS)
-                rounds = max(1, math.ceil(WINDOW_SECONDS / whole)) if whole > 0 else 1
-                _ask_group(parent, respondent, arms[name], name, length, chosen, rounds, device)
+                broken = _ask_group(
+                    parent, respondent, arms[name], name, length, chosen, rounds, device
+                )
             except torch.OutOfMemoryError as error:
-                skip(parent, length, name, out_of_memory(error))
+                broken = out_of_memory(error)
+            if broken is not None:
+                skip(parent, length, name, broken)
                 lost.add(name)
                 free_memory(device)
 
@@ -118,8 +122,11 @@ def _ask_group(
     prompts: Mapping[int, Prompt],
     rounds: int,
     device: torch.device,
-) -> None:
-    """Prefill ``prompts`` ``rounds`` times in one energy window, then ask over the last caches."""
+) -> str | None:
+    """Prefill ``prompts`` ``rounds`` times in one energy window, then ask over the last caches.
+
+    Returns why the arm cannot go on, if so: a log-probability that is no number.
+    """
     n_tokens = rounds * sum(p.n_tokens for p in prompts.values())
     cell = {"context_length": length, "method": name}
     parent.ask("cell", step="prefilling with", **cell)
@@ -142,6 +149,9 @@ def _ask_group(
     start = time.monotonic()
     for index, prompt in prompts.items():
         scores = respondent.answers(prompt, states.pop(index))
+        wrong = sum(not math.isfinite(s.logprob) for s in scores)
+        if wrong:
+            return f"{wrong} of {len(scores)} answers to haystack {index} have no finite probability"
         record = _answered(length, index, name, scores)
         parent.ask("record", record=record.model_dump(mode="json"))
     synchronize(device)
@@ -149,6 +159,7 @@ def _ask_group(
         "spent", what="questions", start=start, end=time.monotonic(), prompts=len(prompts),
         tokens=0, **cell,
     )  # fmt: skip
+    return None
 
 
 def _tell_asked(parent: Parent, prompt: Prompt, index: int, length: int, so_far: Progress) -> None:

@@ -8,8 +8,8 @@ from pydantic import Field
 
 from minference_green.corpus.kinds import KINDS
 from minference_green.errors import UsageError
+from minference_green.journal import Record
 from minference_green.ledger import AuditPlan
-from minference_green.results import Record
 
 DENSE = "dense"
 

@@ -56,6 +56,8 @@ def conclusion(found: Findings) -> tuple[str, ...]:
     """One sentence per method, at the longest length where it answered; the plain words first."""
     audit = found.audit
     if not any(found.dense_right(n)[1] for n in audit.header.plan.context_lengths):
+        if any(s.method == found.dense for s in audit.of(Skip)):
+            return ("Dense prefill could not be asked; there is nothing to hold a method against.",)
         return ("No haystack has been answered yet; there is nothing to judge.",)
     if not any(found.dense_right(n)[0] for n in audit.header.plan.context_lengths):
         return (

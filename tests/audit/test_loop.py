@@ -15,9 +15,10 @@ from minference_green.auditing.loop import Progress, ask_everything
 from minference_green.auditing.plan import AuditRequest
 from minference_green.errors import NotComparableError, UsageError
 from minference_green.findings import findings
+from minference_green.journal import Seal, SealError
 from minference_green.ledger import NOISE_FLOOR, Answered, Asked, Spent, load_audit
 from minference_green.render.audit import audit_document
-from minference_green.results import Seal, SealError, Skip
+from minference_green.results import Skip
 
 LENGTH = 12 * 1024
 NAMES = ("dense", "a-shape", NOISE_FLOOR)

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from minference_green.cli.app import main
+from minference_green.journal import Journal
 from minference_green.ledger import Answered, Spent
 from minference_green.meters.evidence import Edge, bracket, recompute
 from minference_green.render.audit import audit_document
@@ -12,7 +13,7 @@ from minference_green.render.audit_export import audit_csv, audit_json
 from minference_green.render.audit_page import audit_page
 from minference_green.render.markdown import markdown
 from minference_green.render.table import plain
-from minference_green.results import Journal, Reading
+from minference_green.results import Reading
 from minference_green.verify import verify_audit
 
 REPORTS = {
@@ -114,7 +115,7 @@ def test_each_report_beside_an_audit_must_be_what_it_says(audit, tmp_path, name)
 def bundle(audit, tmp_path):
     """The audit as it lies on disk, with a report beside it."""
     directory = tmp_path / audit.header.audit_id
-    with Journal(directory, "audit.jsonl") as journal:
+    with Journal(directory / "audit.jsonl") as journal:
         for event in (audit.header, *audit.events[:-1]):
             journal.append(event)
         journal.seal()
@@ -153,6 +154,12 @@ def test_every_changed_byte_of_an_audit_makes_verify_exit_with_another_code(bund
     assert verified(bundle)[0] == 0
 
 
+def test_a_seal_written_otherwise_is_found_though_it_says_the_same(bundle, verified):
+    file = bundle / "audit.jsonl"
+    file.write_text(file.read_text().replace('"seal","sha256"', '"seal", "sha256"'))
+    assert verified(bundle)[0] == 5
+
+
 def test_an_audit_that_is_not_finished_is_an_open_question(bundle, verified):
     file = bundle / "audit.jsonl"
     *lines, _ = file.read_bytes().splitlines(keepends=True)
@@ -165,7 +172,7 @@ def test_an_audit_that_is_not_finished_is_an_open_question(bundle, verified):
 
 def test_wrong_figures_under_a_new_seal_are_still_found(audit, tmp_path, verified):
     wrong = changed(audit, Answered, haystack=99)
-    with Journal(tmp_path / "forged", "audit.jsonl") as journal:
+    with Journal(tmp_path / "forged" / "audit.jsonl") as journal:
         for event in (wrong.header, *wrong.events[:-1]):
             journal.append(event)
         journal.seal()

@@ -12,7 +12,8 @@ import pytest
 from minference_green import bench, fingerprint
 from minference_green.bench import InterruptedRunError, Request
 from minference_green.errors import MeasurementError
-from minference_green.results import BlockDone, Extension, Journal, load
+from minference_green.journal import Journal
+from minference_green.results import FILE_NAME, BlockDone, Extension, load
 
 WOBBLE = (0.004, -0.006, 0.002, 0.005, -0.003, -0.002, 0.001, -0.004)
 
@@ -44,7 +45,7 @@ class Machine:
         directory = output / f"run-{self.started}"
         run = self.record(request.blocks or 6, request)
         header = run.header.model_copy(update={"run_id": directory.name})
-        with Journal(directory) as journal:
+        with Journal(directory / FILE_NAME) as journal:
             for event in (header, *run.events):
                 journal.append(event)
             journal.seal()
@@ -57,7 +58,7 @@ class Machine:
         so_far = load(directory)
         whole = self.record(blocks, Request.model_validate(so_far.header.request))
         done = len(so_far.blocks_done)
-        with Journal(directory) as journal:
+        with Journal(directory / FILE_NAME) as journal:
             journal.append(Extension(blocks=blocks, created_at="2026-05-02", reason=reason))
             for event in whole.events:
                 if getattr(event, "block", 0) >= done and event.event != "observation":

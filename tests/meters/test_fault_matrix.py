@@ -22,6 +22,7 @@ import pytest
 
 from minference_green import carbon
 from minference_green.errors import GreenBenchError, MeasurementError, UsageError
+from minference_green.journal import Journal, SealError
 from minference_green.meters import choose, faults
 from minference_green.meters.choose import open_meters
 from minference_green.meters.counter import CounterMeter
@@ -29,7 +30,7 @@ from minference_green.meters.lock import DeviceLock
 from minference_green.meters.nvml import NvmlGpu
 from minference_green.meters.rapl import find_domains
 from minference_green.meters.simulated import CounterSpec, FaultSpec
-from minference_green.results import FILE_NAME, DeviceState, Journal, Note, SealError, load
+from minference_green.results import FILE_NAME, DeviceState, Note, load
 from minference_green.validity import doubts
 
 SECONDS = 0.8
@@ -191,7 +192,7 @@ def nvml_fails(call: str, code: int) -> Callable[[Ground], Any]:
 
 def full_disk(ground: Ground) -> None:
     """No room for the whole of a record: none of it may stay."""
-    with Journal(ground.path) as journal:
+    with Journal(ground.path / FILE_NAME) as journal:
         journal.append(ground.header)
         size = (ground.path / FILE_NAME).stat().st_size
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -204,12 +205,12 @@ def full_disk(ground: Ground) -> None:
 
 
 def second_writer(ground: Ground) -> None:
-    with Journal(ground.path):
-        Journal(ground.path)
+    with Journal(ground.path / FILE_NAME):
+        Journal(ground.path / FILE_NAME)
 
 
 def damaged_line(ground: Ground) -> None:
-    with Journal(ground.path) as journal:
+    with Journal(ground.path / FILE_NAME) as journal:
         journal.append(ground.header)
         journal.append(Note(message="one"))
     file = ground.path / FILE_NAME
@@ -218,7 +219,7 @@ def damaged_line(ground: Ground) -> None:
 
 
 def edited_figure(ground: Ground) -> None:
-    with Journal(ground.path) as journal:
+    with Journal(ground.path / FILE_NAME) as journal:
         journal.append(ground.header)
         journal.append(ground.window(100.0))
         journal.seal()

@@ -355,10 +355,11 @@ def command():
 
 @pytest.fixture
 def run_directory(six_blocks, tmp_path):
-    from minference_green.results import Journal
+    from minference_green.journal import Journal
+    from minference_green.results import FILE_NAME
 
     directory = tmp_path / "a-run"
-    with Journal(directory) as journal:
+    with Journal(directory / FILE_NAME) as journal:
         for event in (six_blocks.header, *six_blocks.events):
             journal.append(event)
     return directory
