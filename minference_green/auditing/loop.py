@@ -151,7 +151,9 @@ def _ask_group(
         scores = respondent.answers(prompt, states.pop(index))
         wrong = sum(not math.isfinite(s.logprob) for s in scores)
         if wrong:
-            return f"{wrong} of {len(scores)} answers to haystack {index} have no finite probability"
+            return (
+                f"{wrong} of {len(scores)} answers to haystack {index} have no finite probability"
+            )
         record = _answered(length, index, name, scores)
         parent.ask("record", record=record.model_dump(mode="json"))
     synchronize(device)
