@@ -30,6 +30,7 @@ from minference_green.errors import UsageError
 from minference_green.methods.dense import Dense
 from minference_green.methods.method import PrefillMethod, SeeingMethod
 from minference_green.model.attention import switched
+from minference_green.model.decode import check_cache
 from minference_green.model.loading import LoadedModel
 from minference_green.model.text import Encoder, Tokens
 
@@ -116,6 +117,7 @@ class ModelRespondent:
     def prompt(self, index: int, length: int) -> Prompt:
         """See :class:`Respondent`. Raises ``UsageError`` if the model is not made for it."""
         self.model.check_length(length)
+        check_cache(self.model.model)
         found, text = self._fitted(index, length)
         return lay_out(found, text, self.encoder, self.model.model.device)
 
@@ -157,10 +159,16 @@ class ModelRespondent:
     def _go_on(self, cache: Any, tokens: Sequence[int], keep: int) -> Tensor:
         """Logits of the last ``keep`` of some tokens over the cache, which is left as it was."""
         ids = torch.tensor([tokens], device=self.model.model.device)
+        # A window's layer has dropped what a crop would need; its few tensors are put back.
+        windows = [(layer, dict(vars(layer))) for layer in cache.layers if layer.is_sliding]
         out = self.model.model(
             input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep
         )
-        cache.crop(-len(tokens))
+        for layer in cache.layers:
+            if not layer.is_sliding:
+                layer.crop(-len(tokens))
+        for layer, before in windows:
+            vars(layer).update(before)
         logits: Tensor = out.logits[0]
         return logits
 

@@ -102,6 +102,19 @@ class RoomyCache(Cache):
             layer.keep(length)
 
 
+def check_cache(model: PreTrainedModel) -> None:
+    """Raise ``UnsupportedModelError`` if the model's cache keeps more than keys and values.
+
+    What tokens have left in a recurrent state cannot be taken out of it again.
+    """
+    for layer in DynamicCache(config=model.config).layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} keeps a {type(layer).__name__} in its cache, from which "
+                "a question cannot be taken back; audit a model with attention in every layer"
+            )
+
+
 def _roomy(model: str, layer: Any, room: int) -> RoomyLayer:
     # By exact type: subclasses keep more than keys and values.
     if type(layer) is DynamicLayer:
