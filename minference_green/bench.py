@@ -5,7 +5,6 @@ holds the model; the meters, the run file and Ctrl-C belong to the parent.
 """
 
 import secrets
-import signal
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -17,23 +16,24 @@ from pydantic import Field
 import minference_green
 from minference_green.carbon import terms
 from minference_green.channel import Message, WorkerProcess
-from minference_green.diagnosis import Diagnosis
 from minference_green.errors import (
     ExitCode,
     GreenBenchError,
-    MeasurementError,
     NotComparableError,
     UsageError,
 )
 from minference_green.journal import Journal, Record, Seal
-from minference_green.meters.choose import open_meters
-from minference_green.meters.meter import Meter
 from minference_green.parent import (
-    WorkerError,
+    LOG_NAME,
+    Cell,
+    Metering,
     changes,
-    diagnoses_of,
+    converse,
+    failure,
     fingerprint_of,
     gpus_of,
+    killed_in,
+    new_journal,
     terminate_as_interrupt,
     timestamp,
 )
@@ -43,7 +43,6 @@ from minference_green.results import (
     Backends,
     BlockDone,
     Decision,
-    DeviceState,
     Event,
     Extension,
     Header,
@@ -61,9 +60,6 @@ from minference_green.results import (
 )
 from minference_green.validity import distrusted, doubts
 from minference_green.workload import SYNTHETIC, Workload, format_length
-
-LOG_NAME = "worker.log"
-"""What the worker printed, beside the run file."""
 
 IDLE_SECONDS = {"gpu": 2.0, "cpu": 0.5}
 """Longest idle interval before and after a block."""
@@ -186,13 +182,8 @@ def run(request: Request, output: Path, progress: Progress) -> Path:
     """
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     directory = output / f"{stamp}-{secrets.token_hex(2)}"
-    # The first thing on disk: an unwritable place is found before minutes of work.
-    with Journal(directory / FILE_NAME) as journal:
-        try:
-            _Experiment(request, directory, journal, None, progress).run()
-        except GreenBenchError:
-            _remove_if_empty(directory)
-            raise
+    with new_journal(directory / FILE_NAME) as journal:
+        _Experiment(request, directory, journal, None, progress).run()
     return directory
 
 
@@ -229,16 +220,6 @@ def _continue(directory: Path, progress: Progress, extension: tuple[int, str] | 
         experiment.run()
 
 
-def _remove_if_empty(directory: Path) -> None:
-    """Leave nothing behind of a run that failed before its first record, but a traceback."""
-    file, log = directory / FILE_NAME, directory / LOG_NAME
-    if file.stat().st_size > 0 or (log.exists() and "Traceback" in log.read_text()):
-        return
-    for path in directory.iterdir():
-        path.unlink()
-    directory.rmdir()
-
-
 class _Experiment:
     """One run in progress: what the file holds so far, and the conversation with a worker."""
 
@@ -257,9 +238,7 @@ class _Experiment:
         self.blocks_planned = so_far.blocks_planned if so_far else 0
         self.events: list[Event] = list(so_far.events) if so_far else []
         self.progress = progress
-        self.meters: list[Meter] = []
-        self.diagnoses: list[Diagnosis] = []
-        """What the doctor last found of the devices read."""
+        self.metering = Metering(request.meter, allow_shared=request.allow_shared)
         self.waiting: list[WorkerProcess] = []
         """Workers of the next blocks: started, and asleep."""
 
@@ -277,8 +256,7 @@ class _Experiment:
         finally:
             for worker in self.waiting:
                 worker.discard()
-            for meter in self.meters:
-                meter.close()
+            self.metering.close()
 
     def extend(self, blocks: int, reason: str) -> None:
         """Plan ``blocks`` in all from here on."""
@@ -309,9 +287,9 @@ class _Experiment:
         worker = self._next_worker(block)
         conversation = _Conversation(self, block, worker)
         try:
-            conversation.serve()
+            converse(worker, self.request.device, conversation.answer)
         except (EOFError, BrokenPipeError):
-            self._worker_died(block, worker, conversation.cell)
+            self.record(killed_in(conversation.cell, block, worker))
         finally:
             worker.stop()
         self.record(BlockDone(block=block))
@@ -326,7 +304,7 @@ class _Experiment:
                 self.waiting.append(worker)
             for worker in self.waiting:
                 if not worker.awake():
-                    self._worker_died(block, worker, None)
+                    self.record(killed_in(None, block, worker))
         return self.waiting.pop(0)
 
     def record(self, event: Event) -> None:
@@ -335,18 +313,6 @@ class _Experiment:
         # is on it already.
         self.events.append(event)
         self.journal.append(event)
-
-    def _worker_died(self, block: int, worker: WorkerProcess, cell: tuple[int, str] | None) -> None:
-        """Skip the cell that made the system kill the worker; anything else is an error."""
-        code = worker.stop()
-        if code != -signal.SIGKILL or cell is None:
-            raise MeasurementError(
-                f"the worker process ended unexpectedly (exit code {code}); "
-                f"its output is in {worker.log}"
-            )
-        length, method = cell
-        reason = f"the system killed the worker at {format_length(length)}, likely out of memory"
-        self.record(Skip(block=block, context_length=length, method=method, reason=reason))
 
     def task(self, block: int, kind: str) -> Message:
         """What a worker is asked to do, with what earlier blocks settled."""
@@ -379,16 +345,6 @@ class _Experiment:
             "excluded": [(e.context_length, e.method) for e in events if isinstance(e, Skip)],
         }
 
-    def open_meters(self, device: Message) -> None:
-        """Open the energy sources for the device the worker uses; once per run."""
-        if not self.meters:
-            self.meters = open_meters(
-                self.request.meter,
-                gpu_uuids=gpus_of(device),
-                allow_shared=self.request.allow_shared,
-            )
-            self.diagnoses = diagnoses_of(self.meters)
-
     @property
     def distrusted(self) -> dict[str, str]:
         """Why readings of a device are disputed; from the header, so that it can be checked."""
@@ -397,7 +353,7 @@ class _Experiment:
     def identify(self, device: Message, loaded: Message) -> None:
         """Write the header, or refuse to go on with a run whose ground has changed."""
         workload, plan = resolve(self.request, device["kind"])
-        found = fingerprint_of(device, loaded, workload, self.meters, self.diagnoses)
+        found = fingerprint_of(device, loaded, workload, self.metering)
         if self.header is None:
             self.header = Header(
                 run_id=self.directory.name,
@@ -409,7 +365,7 @@ class _Experiment:
                 methods=tuple(MethodSpec(**m) for m in loaded["methods"]),
                 plan=plan,
                 carbon=terms(**self.request.grid.model_dump(), gpus=len(gpus_of(device))),
-                energy="; ".join(m.description for m in self.meters) or "not measured",
+                energy=self.metering.description,
                 request=self.request.model_dump(mode="json"),
             )
             self.journal.append(self.header)
@@ -426,32 +382,19 @@ class _Conversation:
 
     def __init__(self, experiment: _Experiment, block: int, worker: WorkerProcess) -> None:
         self.experiment, self.block, self.worker = experiment, block, worker
-        self.cell: tuple[int, str] | None = None
-        """Context length and method the worker is busy with."""
+        self.metering = experiment.metering
+        self.cell: Cell | None = None
         self.device: Message = {}
         self.load_seconds = 0.0
-        self.before: tuple[DeviceState, ...] = ()
-        self.unread_windows = 0
 
-    def serve(self) -> None:
-        """Answer the worker until it is done; raises ``EOFError`` if it vanishes."""
-        channel = self.worker.channel
-        channel.send("device", name=self.experiment.request.device)
-        while True:
-            message = channel.receive()
-            if message is None:
-                raise EOFError
-            if message["type"] == "done":
-                return
-            channel.send("go", **self._answer(message))
-
-    def _answer(self, message: Message) -> Message:
+    def answer(self, message: Message) -> Message:
+        """What the worker gets back for a message."""
         experiment = self.experiment
         match message["type"]:
             case "hello":
                 self.device = message["device"]
-                experiment.open_meters(self.device)
-                self._begin()
+                self.metering.open(self.device)
+                self.metering.begin()
                 return {"task": experiment.task(self.block, self.device["kind"])}
             case "loaded":
                 self.load_seconds = message["seconds"]
@@ -474,7 +417,7 @@ class _Conversation:
             case "temperature":
                 return {"celsius": self._temperature()}
             case "ready":
-                self._begin()
+                self.metering.begin()
             case "idle":
                 experiment.record(
                     Idle(
@@ -489,37 +432,25 @@ class _Conversation:
                 experiment.progress.advance()
             case "replay":
                 experiment.record(self._replay(message))
-            case "error":
-                raise WorkerError(message["message"], ExitCode(message["exit_code"]))
-            case "crash":
-                raise MeasurementError(
-                    f"the worker failed: {message['message']}; "
-                    f"the traceback is in {self.worker.log}"
-                )
+            case "error" | "crash":
+                raise failure(message, self.worker.log)
             case unknown:
                 raise AssertionError(unknown)
         return {}
 
-    def _begin(self) -> None:
-        self.before = self._state()
-        for meter in self.experiment.meters:
-            meter.begin()
-
     def _end(self, message: Message) -> tuple[Reading, ...]:
-        start, end = message["start"], message["end"]
-        # In the list's order, the host last: a GPU's edges must lie as near the work as can be.
-        readings = (r for m in self.experiment.meters for r in m.end(start, end))
+        return self._disputed(self.metering.end(message["start"], message["end"]))
+
+    def _disputed(self, readings: tuple[Reading, ...]) -> tuple[Reading, ...]:
+        """Readings, those of distrusted devices marked."""
         disputed = {"disputed": True}
         return tuple(
             r.model_copy(update=disputed) if r.device in self.experiment.distrusted else r
             for r in readings
         )
 
-    def _state(self) -> tuple[DeviceState, ...]:
-        return tuple(s for m in self.experiment.meters for s in m.state())
-
     def _temperature(self) -> float | None:
-        known = [s.temperature_celsius for s in self._state()]
+        known = [s.temperature_celsius for s in self.metering.state()]
         return max((t for t in known if t is not None), default=None)
 
     def _replay(self, message: Message) -> Replay:
@@ -529,8 +460,8 @@ class _Conversation:
             end - start,
             message["device_seconds"],
             readings,
-            self.before,
-            self._state(),
+            self.metering.before,
+            self.metering.state(),
             self.experiment.distrusted,
         )
         return Replay(
@@ -551,23 +482,18 @@ class _Conversation:
     def _window(self, message: Message) -> Window:
         """The window as a record; one whose energy cannot be read is kept as invalid.
 
-        The second such window in a row ends the run: the source is gone, not unlucky.
+        The second such window in a row ends the run.
         """
         now = datetime.now(UTC)
-        try:
-            readings, unread = self._end(message), None
-        except MeasurementError as error:
-            if self.unread_windows:
-                raise
-            readings, unread = (), str(error)
-        self.unread_windows = self.unread_windows + 1 if unread else 0
-        after = self._state()
+        read, unread = self.metering.end_or_reason(message["start"], message["end"])
+        readings = self._disputed(read)
+        after = self.metering.state()
         seconds = message["end"] - message["start"]
         valid, reasons = doubts(
             seconds,
             message["device_seconds"],
             readings,
-            self.before,
+            self.metering.before,
             after,
             self.experiment.distrusted,
         )
@@ -585,8 +511,8 @@ class _Conversation:
             peak_memory_bytes=message["peak_memory_bytes"],
             started_at=(now - timedelta(seconds=seconds)).isoformat(timespec="seconds"),
             readings=readings,
-            before=self.before,
+            before=self.metering.before,
             after=after,
-            valid=valid and unread is None,
-            reasons=(unread, *reasons) if unread else reasons,
+            valid=valid and not unread,
+            reasons=(*unread, *reasons),
         )

@@ -5,7 +5,6 @@ conversation is held inside this process.
 """
 
 import secrets
-import signal
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,11 +13,9 @@ from typing import Any, Protocol
 import minference_green
 from minference_green.auditing.plan import AuditRequest, arms_asked, resolve
 from minference_green.channel import Message, WorkerProcess
-from minference_green.diagnosis import Diagnosis
 from minference_green.errors import (
     ExitCode,
     GreenBenchError,
-    MeasurementError,
     NotComparableError,
     UsageError,
 )
@@ -37,29 +34,26 @@ from minference_green.ledger import (
     Spent,
     load_audit,
 )
-from minference_green.meters.choose import open_meters
-from minference_green.meters.meter import Meter
 from minference_green.parent import (
-    WorkerError,
+    LOG_NAME,
+    Cell,
+    Metering,
     changes,
-    diagnoses_of,
+    converse,
+    failure,
     fingerprint_of,
-    gpus_of,
+    killed_in,
+    new_journal,
     terminate_as_interrupt,
     timestamp,
 )
 from minference_green.results import (
     Backends,
-    DeviceState,
     MethodSpec,
-    Reading,
     Skip,
 )
 from minference_green.validity import distrusted, doubts
 from minference_green.workload import Workload, format_length
-
-LOG_NAME = "worker.log"
-"""What the worker printed, beside the audit file."""
 
 Serve = Callable[["Conversation"], None]
 """Holds the conversation to its end, with a worker process or in this one."""
@@ -105,13 +99,8 @@ def audit(
     resolve(request, "gpu")  # what is contradictory is so on every device
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     directory = output / f"audit-{stamp}-{secrets.token_hex(2)}"
-    with Journal(directory / FILE_NAME) as journal:
-        conversation = Conversation(request, directory, journal, None, progress)
-        try:
-            conversation.run(serve)
-        except GreenBenchError:
-            _remove_if_empty(directory)
-            raise
+    with new_journal(directory / FILE_NAME) as journal:
+        Conversation(request, directory, journal, None, progress).run(serve)
     return directory
 
 
@@ -132,16 +121,6 @@ def resume(directory: Path, progress: Progress, serve: Serve | None = None) -> P
     return directory
 
 
-def _remove_if_empty(directory: Path) -> None:
-    """Leave nothing behind of an audit that failed before its first record, but a traceback."""
-    file, log = directory / FILE_NAME, directory / LOG_NAME
-    if file.stat().st_size > 0 or (log.exists() and "Traceback" in log.read_text()):
-        return
-    for path in directory.iterdir():
-        path.unlink()
-    directory.rmdir()
-
-
 class Conversation:
     """One audit in progress: what its file holds, and the answers to whoever holds the model."""
 
@@ -158,13 +137,9 @@ class Conversation:
         self.events: list[Event] = list(so_far.events) if so_far else []
         self.progress = progress
         self.plan: AuditPlan | None = self.header.plan if self.header else None
-        self.cell: tuple[int, str] | None = None
-        """Context length and arm the worker is busy with."""
-        self._meters: list[Meter] = []
-        self._diagnoses: list[Diagnosis] = []
+        self.cell: Cell | None = None
+        self._metering = Metering(request.meter, allow_shared=request.allow_shared)
         self._device: Message = {}
-        self._before: tuple[DeviceState, ...] = ()
-        self._unread = 0
 
     def run(self, serve: Serve | None) -> None:
         """Hold the conversation until every arm has answered, then seal the file."""
@@ -180,8 +155,7 @@ class Conversation:
             answers = any(isinstance(e, Answered | OfText) for e in self.events)
             raise InterruptedAuditError(self.directory, has_answers=answers) from None
         finally:
-            for meter in self._meters:
-                meter.close()
+            self._metering.close()
 
     @property
     def _complete(self) -> bool:
@@ -195,23 +169,13 @@ class Conversation:
         self.events.append(event)
         self.journal.append(event)
 
-    def worker_died(self, code: int, log: Path) -> None:
-        """Skip the arm that made the system kill the worker; anything else is an error."""
-        if code != -signal.SIGKILL or self.cell is None:
-            raise MeasurementError(
-                f"the worker process ended unexpectedly (exit code {code}); its output is in {log}"
-            )
-        length, method = self.cell
-        reason = f"the system killed the worker at {format_length(length)}, likely out of memory"
-        self.record(Skip(block=0, context_length=length, method=method, reason=reason))
-
     def answer(self, message: Message) -> Message:
         """What the holder of the model gets back for a message."""
         match message["type"]:
             case "hello":
                 self._device = message["device"]
-                self._open_meters()
-                self._begin()
+                self._metering.open(self._device)
+                self._metering.begin()
                 return {"task": self._task()}
             case "loaded":
                 self._identify(message)
@@ -220,32 +184,18 @@ class Conversation:
                 length = format_length(message["context_length"])
                 self.progress.say(f"{message['step']} {message['method']} at {length}")
             case "ready":
-                self._begin()
+                self._metering.begin()
             case "spent":
                 self.record(self._spent(message))
             case "record":
                 self.record(EVENT.validate_python(message["record"]))
                 if message["record"]["event"] in ("answered", "of_text"):
                     self.progress.advance()
-            case "error":
-                raise WorkerError(message["message"], ExitCode(message["exit_code"]))
-            case "crash":
-                raise MeasurementError(
-                    f"the worker failed: {message['message']}; "
-                    f"the traceback is in {self.directory / LOG_NAME}"
-                )
+            case "error" | "crash":
+                raise failure(message, self.directory / LOG_NAME)
             case unknown:
                 raise AssertionError(unknown)
         return {}
-
-    def _open_meters(self) -> None:
-        if not self._meters:
-            self._meters = open_meters(
-                self.request.meter,
-                gpu_uuids=gpus_of(self._device),
-                allow_shared=self.request.allow_shared,
-            )
-            self._diagnoses = diagnoses_of(self._meters)
 
     def _task(self) -> Message:
         if self.plan is None:
@@ -271,9 +221,8 @@ class Conversation:
     def _identify(self, loaded: Message) -> None:
         """Write the header, or refuse to go on with an audit whose ground has changed."""
         assert self.plan is not None
-        found = fingerprint_of(
-            self._device, loaded, _workload(self.request, self.plan), self._meters, self._diagnoses
-        )
+        workload = _workload(self.request, self.plan)
+        found = fingerprint_of(self._device, loaded, workload, self._metering)
         if self.header is None:
             self.header = AuditHeader(
                 audit_id=self.directory.name,
@@ -283,7 +232,7 @@ class Conversation:
                 fingerprint=found,
                 methods=tuple(MethodSpec(**m) for m in loaded["methods"]),
                 plan=self.plan,
-                energy="; ".join(m.description for m in self._meters) or "not measured",
+                energy=self._metering.description,
                 request=self.request.model_dump(mode="json"),
             )
             self.journal.append(self.header)
@@ -295,33 +244,16 @@ class Conversation:
         so_far = Audit(header=self.header, events=tuple(self.events))
         self.progress.begin(so_far.answers_done, so_far.answers_planned)
 
-    def _begin(self) -> None:
-        self._before = self._state()
-        for meter in self._meters:
-            meter.begin()
-
-    def _state(self) -> tuple[DeviceState, ...]:
-        return tuple(s for m in self._meters for s in m.state())
-
     def _spent(self, message: Message) -> Spent:
         """A stretch as a record; one whose energy cannot be read is kept as invalid.
 
-        The second such stretch in a row ends the audit: the source is gone, not unlucky.
+        The second such stretch in a row ends the audit.
         """
         start, end = message["start"], message["end"]
-        readings: tuple[Reading, ...] = ()
-        unread: tuple[str, ...] = ()
-        try:
-            # In the list's order, the host last: a GPU's edges must lie near the work.
-            readings = tuple(r for m in self._meters for r in m.end(start, end))
-        except MeasurementError as error:
-            if self._unread:
-                raise
-            unread = (str(error),)
-        self._unread = len(unread)
-        after = self._state()
+        readings, unread = self._metering.end_or_reason(start, end)
+        before, after = self._metering.before, self._metering.state()
         untrusted = distrusted(self.header.fingerprint) if self.header else {}
-        valid, reasons = doubts(end - start, None, readings, self._before, after, untrusted)
+        valid, reasons = doubts(end - start, None, readings, before, after, untrusted)
         return Spent(
             what=message["what"],
             context_length=message.get("context_length"),
@@ -331,7 +263,7 @@ class Conversation:
             start_seconds=start,
             end_seconds=end,
             readings=readings,
-            before=self._before,
+            before=before,
             after=after,
             valid=valid and not unread,
             # Short ones are told from their times: here none can be made longer by an option.
@@ -341,19 +273,11 @@ class Conversation:
 
 def serve_worker(conversation: Conversation) -> None:
     """Hold the conversation with a new worker process; it is over when that is done or dead."""
-    log = conversation.directory / LOG_NAME
-    worker = WorkerProcess("minference_green.auditing.worker", log)
+    worker = WorkerProcess("minference_green.auditing.worker", conversation.directory / LOG_NAME)
     try:
-        worker.channel.send("device", name=conversation.request.device)
-        while True:
-            message = worker.channel.receive()
-            if message is None:
-                raise EOFError
-            if message["type"] == "done":
-                return
-            worker.channel.send("go", **conversation.answer(message))
+        converse(worker, conversation.request.device, conversation.answer)
     except (EOFError, BrokenPipeError):
-        conversation.worker_died(worker.stop(), log)
+        conversation.record(killed_in(conversation.cell, 0, worker))
     finally:
         worker.stop()
 
