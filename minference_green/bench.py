@@ -120,9 +120,15 @@ def resolve(request: Request, kind: str) -> tuple[Workload, Plan]:
 
     On a CPU one length and three blocks of short windows give a first answer within a
     minute, marked ``quick``. On a GPU 5 s windows resolve a 100 ms counter to under 0.1 %.
+    Raises ``UsageError`` for a prompt in which no method has anything to choose.
     """
     gpu = kind == "gpu"
     lengths = request.context_lengths or ((32 * 1024, 128 * 1024) if gpu else (8 * 1024,))
+    if min(lengths) < 2:
+        raise UsageError(
+            f"a context length of {min(lengths)} leaves nothing to compare: a first token has only "
+            "itself to attend to, so every method runs dense; give 2 tokens or more"
+        )
     workload = Workload(
         model=request.model,
         context_lengths=tuple(sorted(set(lengths))),
@@ -180,6 +186,7 @@ def run(request: Request, output: Path, progress: Progress) -> Path:
     Raises ``UsageError`` for what cannot be run, ``MeasurementError`` for what cannot be
     measured, ``InterruptedRunError`` on Ctrl-C; windows finished by then are on disk.
     """
+    resolve(request, "gpu")  # what cannot be compared cannot be on any device
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     directory = output / f"{stamp}-{secrets.token_hex(2)}"
     with new_journal(directory / FILE_NAME) as journal:

@@ -308,6 +308,7 @@ def test_a_worker_the_system_kills_costs_its_cell_and_no_more(
         (["--model", "planted:huge"], 2, "planted:huge"),
         (["--model", "./nowhere"], 2, "nowhere"),
         (["--context", "64m"], 2, "--allow-longer"),
+        (["--context", "1,300"], 2, "give 2 tokens or more"),
         (["--method-option", "minference.pattern_file=none.json"], 2, "none.json"),
         (["--method-option", "minference.pattern_file=one_head.json"], 2, "1 layers of 1 heads"),
         (["--method-option", "minference.pattern_file=bad_head.json"], 2, "layer 0, head 0"),
