@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minference_green.auditing.arms import EqualDensity, arms
-from minference_green.auditing.ask import ModelRespondent, Prompt, Respondent, show
+from minference_green.auditing.ask import FILLED, ModelRespondent, Prompt, Respondent, show
 from minference_green.auditing.audit import Conversation, InProcess
 from minference_green.auditing.loop import Parent, Progress, ask_everything, out_of_memory, skip
 from minference_green.auditing.own_text import of_text, own_text
@@ -23,9 +23,9 @@ from minference_green.channel import Message
 from minference_green.corpus.filler import FILLERS, OwnText
 from minference_green.corpus.recipe import Recipe
 from minference_green.errors import UsageError
-from minference_green.faithfulness import causal_lse, kept_mass, sampled_rows
+from minference_green.faithfulness import RecallError, causal_lse, kept_mass, sampled_rows
 from minference_green.ledger import AuditPlan, Computed
-from minference_green.methods.auto import Auto, Deciding
+from minference_green.methods.auto import Auto, Choice, Deciding
 from minference_green.methods.backend import synchronize
 from minference_green.methods.dense import Dense, free_bytes
 from minference_green.methods.method import PrefillMethod, ProfiledMethod
@@ -209,7 +209,7 @@ def _prepare(
             if isinstance(method, Auto):
                 deciding = Deciding(method)
                 respondent.prefill(prompt, deciding)
-                method = method.decided(dense, deciding.choices)
+                method = method.decided(dense, for_shorter(deciding.choices))
             # On a CPU PyTorch has one kernel worth the name, and the other takes minutes to time.
             if isinstance(method, Dense) and method.backend is None and device.type == "cuda":
                 method = _fastest(parent, task, respondent, prompt, length)
@@ -230,6 +230,9 @@ def _prepare(
         except torch.OutOfMemoryError as error:
             skip(parent, length, name, out_of_memory(error))
             continue
+        except RecallError as error:
+            skip(parent, length, name, str(error))
+            continue
         free_memory(device)
         ready.arms[name] = method
         if isinstance(seeing, _Watched):
@@ -239,6 +242,15 @@ def _prepare(
         return None
     room = int(CACHE_SHARE * free_bytes(device)) // max(1, cache_bytes)
     return _Ready(ready.arms, ready.seconds, max(1, room))
+
+
+def for_shorter(choices: Mapping[tuple[int, int], Choice]) -> dict[tuple[int, int], Choice]:
+    """Choices that hold for all prompts of a length, by least tokens and layer.
+
+    Where tokens are not bytes some haystacks are a little shorter than the first, and below the
+    lengths that were decided ``auto`` would run dense, unasked.
+    """
+    return {(int(FILLED * tokens), layer): choice for (tokens, layer), choice in choices.items()}
 
 
 def _fastest(
@@ -269,7 +281,8 @@ class _Watched:
         self._method = method
         self.name, self.parameters = method.name, method.parameters
         self._density: dict[int, tuple[float, ...]] = {}
-        self._recall: list[Tensor] = []
+        self._recall: dict[int, Tensor] = {}
+        """By layer, of every head."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> Tensor:
         """As the method does it."""
@@ -282,14 +295,21 @@ class _Watched:
             rows = sampled_rows(q.shape[2], RECALL_ROWS)
             at = rows.to(q.device)
             dense = causal_lse(q.index_select(2, at), k, rows, scale=scale)
-            kept = kept_mass(profile.lse.index_select(2, at), dense)
-            self._recall.append(kept.double().mean((0, 2)).cpu())
+            try:
+                kept = kept_mass(profile.lse.index_select(2, at), dense)
+            except RecallError as error:
+                raise RecallError(f"layer {layer}: {error}") from error
+            self._recall[layer] = kept.double().mean((0, 2)).cpu()
+        elif bool((profile.density == 1).all()):  # every causal pair, as dense layers have
+            self._recall[layer] = torch.ones(q.shape[1], dtype=torch.float64)
         return profile.out
 
     def record(self, length: int, name: str) -> Computed:
         """What was noted of one prefill."""
         by_layer = tuple(self._density[layer] for layer in sorted(self._density))
-        heads = torch.cat(self._recall) if self._recall else None
+        # The mean of some layers is not the arm's.
+        told = bool(by_layer) and self._recall.keys() == self._density.keys()
+        heads = torch.cat(list(self._recall.values())) if told else None
         return Computed(
             context_length=length,
             method=name,
