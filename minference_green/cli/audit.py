@@ -8,13 +8,7 @@ from typing import Annotated
 
 import typer
 
-from minference_green.cli.run import (
-    parse_contexts,
-    parse_dtype,
-    parse_methods,
-    parse_options,
-    refuse_beside_resume,
-)
+from minference_green.cli import options
 from minference_green.errors import MeasurementError, UsageError
 
 METHODS_HELP = (
@@ -74,22 +68,12 @@ def audit(
         float, typer.Option(help="Percentage points of answers whose loss would matter.")
     ] = 2.0,
     seed: Annotated[int, typer.Option(help="Seed of texts and facts.")] = 0,
-    dtype: Annotated[
-        str, typer.Option(help="auto, bfloat16, float16 or float32 (float32: CPU only).")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    meter: Annotated[
-        str, typer.Option(help="auto, nvml, rapl, modelled, or simulated:FILE.")
-    ] = "auto",
-    no_energy: Annotated[
-        bool, typer.Option("--no-energy", help="Go on without joules; they are null then.")
-    ] = False,
-    allow_shared: Annotated[
-        bool, typer.Option("--allow-shared", help="Measure a MIG slice or a shared GPU, marked.")
-    ] = False,
-    allow_longer: Annotated[
-        bool, typer.Option("--allow-longer", help="Go beyond the model's own context limit.")
-    ] = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    meter: options.Meter = "auto",
+    no_energy: options.NoEnergy = False,
+    allow_shared: options.AllowShared = False,
+    allow_longer: options.AllowLonger = False,
     output: Annotated[
         Path, typer.Option(help="Directory for audits; each gets one of its own inside.")
     ] = Path("green-bench-runs"),
@@ -99,7 +83,7 @@ def audit(
     json_output: Annotated[
         bool, typer.Option("--json", help="Print the audit as JSON instead of tables.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Ask a model about known facts after dense and after sparse prefill: what is lost, of what."""
     from minference_green.auditing import audit as job
@@ -107,7 +91,7 @@ def audit(
     from minference_green.cli.progress import open_audit_progress
 
     if resume is not None:
-        refuse_beside_resume(context_of_command)
+        options.refuse_beside_resume(context_of_command)
         directory = resume
         with open_audit_progress(quiet) as progress:
             _finish(lambda: job.resume(directory, progress), json_output)
@@ -117,9 +101,9 @@ def audit(
         _refuse_beside_text(context_of_command)
     request = AuditRequest(
         model=model,
-        methods=parse_methods(methods),
-        options=parse_options(method_option or []),
-        context_lengths=parse_contexts(context),
+        methods=options.parse_methods(methods),
+        options=options.parse_options(method_option or []),
+        context_lengths=options.parse_contexts(context),
         haystacks=haystacks,
         kinds=known_kinds([k.strip() for k in kinds.split(",") if k.strip()]) if kinds else (),
         filler=filler_name,
@@ -131,7 +115,7 @@ def audit(
         frontier=frontier,
         margin_points=margin,
         seed=seed,
-        dtype=parse_dtype(dtype),
+        dtype=options.parse_dtype(dtype),
         device=device,
         meter="none" if no_energy else meter,
         allow_shared=allow_shared,

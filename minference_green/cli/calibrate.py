@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from minference_green.cli import options
 from minference_green.cli.baseline import DEFAULT_ROOT, Baselines
-from minference_green.cli.run import parse_contexts, parse_seconds, positive
 
 
 def calibrate(
@@ -22,14 +22,12 @@ def calibrate(
     blocks: Annotated[int, typer.Option(help="Process starts; the floor is their spread.")] = 10,
     window: Annotated[str, typer.Option(help="Seconds each window lasts at least.")] = "",
     warmup: Annotated[str, typer.Option(help="Most seconds to warm up each block.")] = "",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    meter: Annotated[
-        str, typer.Option(help="auto, nvml, rapl, modelled, or simulated:FILE.")
-    ] = "auto",
+    device: options.Device = "auto",
+    meter: options.Meter = "auto",
     baselines: Baselines = DEFAULT_ROOT,
     output: Annotated[Path, typer.Option(help="Directory for runs.")] = Path("green-bench-runs"),
     json_output: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Measure dense against dense and store what that shows as the baseline `calibration`.
 
@@ -43,10 +41,10 @@ def calibrate(
     request = bench.Request(
         model=model,
         methods=("dense", "dense-again"),
-        context_lengths=parse_contexts(context),
-        blocks=positive("--blocks", blocks),
-        window_seconds=parse_seconds("--window", window),
-        warmup_seconds=parse_seconds("--warmup", warmup),
+        context_lengths=options.parse_contexts(context),
+        blocks=options.positive("--blocks", blocks),
+        window_seconds=options.parse_seconds("--window", window),
+        warmup_seconds=options.parse_seconds("--warmup", warmup),
         device=device,
         meter=meter,
         command=tuple(sys.argv[1:]),

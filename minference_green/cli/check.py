@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from minference_green.cli import options
 from minference_green.cli.baseline import DEFAULT_ROOT, Baselines
 from minference_green.cli.compare import AllowMismatch, Margin, chosen_margins, write
-from minference_green.cli.run import parse_options
 from minference_green.errors import ExitCode, GreenBenchError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def check(
         ),
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Measure what a baseline measured and judge: the gate for CI.
 
@@ -165,7 +165,7 @@ def _measure(
             margins=margins,
             max_blocks=max_blocks,
             allow_mismatch=allow_mismatch,
-            options=parse_options(method_option),
+            options=options.parse_options(method_option),
             resume=resume,
             command=sys.argv[1:],
         )

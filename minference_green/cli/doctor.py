@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from minference_green.cli import options
 from minference_green.errors import MeasurementError, UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def doctor(
     json_output: Annotated[
         bool, typer.Option("--json", help="Print the findings as JSON instead of lines.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Look at energy counter, power, clocks and room on this machine, with a load of its own.
 

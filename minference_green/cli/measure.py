@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minference_green.cli import grid
+from minference_green.cli import grid, options
 from minference_green.errors import MeasurementError, UsageError
 
 if TYPE_CHECKING:
@@ -15,12 +15,8 @@ if TYPE_CHECKING:
 
 def measure(
     command: Annotated[list[str], typer.Argument(help="The command, after -- .")],
-    meter: Annotated[
-        str, typer.Option(help="auto, nvml, rapl, modelled, or simulated:FILE.")
-    ] = "auto",
-    allow_shared: Annotated[
-        bool, typer.Option("--allow-shared", help="Measure a MIG slice or a shared GPU, marked.")
-    ] = False,
+    meter: options.Meter = "auto",
+    allow_shared: options.AllowShared = False,
     country: grid.Country = "",
     region: grid.Region = "",
     cloud: grid.Cloud = "",

@@ -8,10 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from minference_green.cli import grid
+from minference_green.cli import grid, options
 from minference_green.errors import MeasurementError, UsageError
-
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def run(
@@ -66,27 +64,16 @@ def run(
         ),
     ] = False,
     batch: Annotated[int, typer.Option(help="Prompts per prefill.")] = 1,
-    dtype: Annotated[
-        str, typer.Option(help="auto, bfloat16, float16 or float32 (float32: CPU only).")
-    ] = "auto",
+    dtype: options.Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Seed of prompt and planted weights.")] = 0,
     prompt: Annotated[
         Path | None, typer.Option(help="Text file to use as the prompt instead of tokens.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    meter: Annotated[
-        str,
-        typer.Option(help="auto, nvml, rapl, modelled, or simulated:FILE."),
-    ] = "auto",
-    no_energy: Annotated[
-        bool, typer.Option("--no-energy", help="Go on without joules; they are null then.")
-    ] = False,
-    allow_shared: Annotated[
-        bool, typer.Option("--allow-shared", help="Measure a MIG slice or a shared GPU, marked.")
-    ] = False,
-    allow_longer: Annotated[
-        bool, typer.Option("--allow-longer", help="Go beyond the model's own context limit.")
-    ] = False,
+    device: options.Device = "auto",
+    meter: options.Meter = "auto",
+    no_energy: options.NoEnergy = False,
+    allow_shared: options.AllowShared = False,
+    allow_longer: options.AllowLonger = False,
     rest: Annotated[
         str,
         typer.Option(
@@ -111,14 +98,14 @@ def run(
     json_output: Annotated[
         bool, typer.Option("--json", help="Print the run as JSON instead of a table.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Measure arms, interleaved; no arguments: the embedded model, dense against minference."""
     from minference_green import bench
     from minference_green.cli.progress import open_progress
 
     if resume:
-        refuse_beside_resume(context_of_command)
+        options.refuse_beside_resume(context_of_command)
         with open_progress(quiet) as progress:
             finish(lambda: bench.resume(output / resume, progress), json_output)
         return
@@ -134,16 +121,16 @@ def run(
     )
     request = bench.Request(
         model=model,
-        methods=parse_methods(methods),
-        options=parse_options(method_option or []),
-        context_lengths=parse_contexts(context),
-        batch=positive("--batch", batch),
-        dtype=parse_dtype(dtype),
+        methods=options.parse_methods(methods),
+        options=options.parse_options(method_option or []),
+        context_lengths=options.parse_contexts(context),
+        batch=options.positive("--batch", batch),
+        dtype=options.parse_dtype(dtype),
         seed=seed,
         **prompt_fields(prompt),
-        blocks=None if blocks is None else positive("--blocks", blocks),
-        window_seconds=parse_seconds("--window", window),
-        warmup_seconds=parse_seconds("--warmup", warmup),
+        blocks=None if blocks is None else options.positive("--blocks", blocks),
+        window_seconds=options.parse_seconds("--window", window),
+        warmup_seconds=options.parse_seconds("--warmup", warmup),
         decode_tokens=parse_decode(decode),
         breakdown=breakdown,
         grid=place,
@@ -183,61 +170,6 @@ def finish(measure: Callable[[], Path], json_output: bool) -> None:
         )
 
 
-def refuse_beside_resume(context: typer.Context) -> None:
-    """A resumed run takes its experiment from its file; another request would be ignored."""
-    allowed = {"resume", "output", "json_output", "quiet"}
-    for parameter in context.command.params:
-        given = context.get_parameter_source(parameter.name or "")
-        if given and given.name == "COMMANDLINE" and parameter.name not in allowed:
-            raise UsageError(
-                f"{parameter.opts[0]} cannot be given with --resume, which repeats the request "
-                "stored in the run; leave it out, or start a new run"
-            )
-
-
-def parse_methods(text: str) -> tuple[str, ...]:
-    """Method names from a comma-separated list; each may stand once."""
-    names = tuple(part.strip() for part in text.split(",") if part.strip())
-    if not names:
-        raise UsageError(f"--methods {text!r} names no method; write for example dense,minference")
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"--methods names {name} twice; an arm is known by its name")
-    return names
-
-
-def parse_options(texts: list[str]) -> dict[str, dict[str, str]]:
-    """``METHOD.KEY=VALUE`` items as method to key to value."""
-    options: dict[str, dict[str, str]] = {}
-    for text in texts:
-        target, equals, value = text.partition("=")
-        # A method of the user's own has dots in its name; the key is what follows the last.
-        method, dot, key = target.rpartition(".")
-        if not (equals and dot and method and key):
-            raise UsageError(
-                f"--method-option {text!r} is not METHOD.KEY=VALUE; "
-                "write for example vertical-slash.slash_size=800"
-            )
-        if key in options.setdefault(method, {}):
-            raise UsageError(f"--method-option {target} is given twice; give it once")
-        options[method][key] = value
-    return options
-
-
-def parse_contexts(text: str) -> tuple[int, ...]:
-    """Context lengths from a comma-separated list; empty means the device's default."""
-    from minference_green.workload import parse_length
-
-    return tuple(parse_length(part.strip()) for part in text.split(",") if part.strip())
-
-
-def parse_dtype(text: str) -> str:
-    """One of the dtypes a model can run in."""
-    if text not in DTYPES:
-        raise UsageError(f"--dtype {text!r} is not known; use one of {', '.join(DTYPES)}")
-    return text
-
-
 def parse_rest(text: str) -> Literal["stock", "fused"]:
     """How everything but attention runs."""
     match text:
@@ -246,31 +178,11 @@ def parse_rest(text: str) -> Literal["stock", "fused"]:
     raise UsageError(f"--rest {text!r} is not known; use stock or fused")
 
 
-def positive(option: str, number: int) -> int:
-    """A count of at least one."""
-    if number < 1:
-        raise UsageError(f"{option} {number} must be 1 or more")
-    return number
-
-
 def parse_decode(tokens: int) -> int:
     """Tokens to generate: none, or two or more, since prefill produces the first."""
     if tokens == 0 or tokens >= 2:
         return tokens
     raise UsageError(f"--decode {tokens} must be 2 or more tokens; prefill produces the first")
-
-
-def parse_seconds(option: str, text: str) -> float | None:
-    """Seconds from ``10`` or ``10s``; ``None`` from an empty string."""
-    if not text:
-        return None
-    try:
-        seconds = float(text.removesuffix("s"))
-    except ValueError as error:
-        raise UsageError(f"{option} {text!r} is not a time; write seconds, such as 10s") from error
-    if not 0 < seconds < float("inf"):
-        raise UsageError(f"{option} {text!r} must be more than 0 seconds")
-    return seconds
 
 
 def prompt_fields(path: Path | None) -> dict[str, str]:
