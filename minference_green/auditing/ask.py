@@ -121,6 +121,16 @@ class ModelRespondent:
         found, text = self._fitted(index, length)
         return lay_out(found, text, self.encoder, self.model.model.device)
 
+    def fullest(self, haystacks: int) -> int:
+        """Of the first ``haystacks`` the one that needs most bytes: where it fits, all do."""
+
+        def needed(index: int) -> int:
+            made = plan(self.seed, index, length=ANY_BYTES, recipe=self.recipe)
+            ends = (q.prompt for q in made.questions if q.place == "end")
+            return sum(len(text) for _, text in made.sentences) + len(next(ends, "").encode())
+
+        return max(range(haystacks), key=needed)
+
     @torch.inference_mode()
     def prefill(self, prompt: Prompt, method: PrefillMethod) -> Prefilled:
         """See :class:`Respondent`."""

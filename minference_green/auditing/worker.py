@@ -90,8 +90,9 @@ def serve(
         ),
     )
     # What cannot be asked ends the audit before it has a file.
+    fullest = respondent.fullest(plan.haystacks)
     for length in plan.context_lengths:
-        respondent.prompt(0, length)
+        respondent.prompt(fullest, length)
     parent.ask("loaded", **identity(model, methods))
     parent.ask("spent", what="setup", start=began, end=time.monotonic())
     done = Progress(
