@@ -16,6 +16,9 @@ from minference_green.kernels.index import Index
 MOST_RECALL = 1 + 1e-3
 """A row that kept more than this of its mass counted a key twice."""
 
+HEAD_TOLERANCE = 0.01
+"""Relative difference of logits made here from the model's own; bfloat16 rounds to a tenth."""
+
 _GOLDEN = (5**0.5 - 1) / 2
 
 _CHUNK = 2**22
@@ -95,7 +98,7 @@ def class_mass(
     k: Tensor,
     rows: Tensor,
     classes: Tensor,
-    indices: Sequence[Index],
+    indices: Sequence[Index] | None,
     *,
     scale: float,
     n_classes: int,
@@ -104,14 +107,14 @@ def class_mass(
 
     Shapes: ``q [B, Hq, R, D]`` the queries of the positions ``rows [R]``, ascending;
     ``k [B, Hkv, N, D]``; ``classes [N]`` numbers below ``n_classes``, on any device;
-    ``indices`` cover every query head once, as :class:`methods.method.LayerProfile` has them.
+    ``indices`` cover every query head once, as :class:`methods.method.LayerProfile` has them;
+    ``None`` for every causal pair, as dense attention has.
     Costs two passes of ``[R, chunk]`` matrix products. Raises ``ValueError`` for indices that
     do not cover the heads, or classes that do not fit the keys.
     """
-    heads = torch.cat([index.heads.long().cpu() for index in indices]) if indices else None
-    if heads is None or heads.sort().values.tolist() != list(range(q.shape[1])):
-        shown = None if heads is None else heads.tolist()
-        raise ValueError(f"indices must cover each of {q.shape[1]} query heads once, got {shown}")
+    heads = [h for index in indices or () for h in index.heads.tolist()]
+    if indices is not None and sorted(heads) != list(range(q.shape[1])):
+        raise ValueError(f"indices must cover each of {q.shape[1]} query heads once, got {heads}")
     if classes.shape != k.shape[2:3]:
         raise ValueError(f"needs a class for each of {k.shape[2]} keys, got {list(classes.shape)}")
     lowest, highest = int(classes.min()), int(classes.max())
@@ -124,11 +127,11 @@ def class_mass(
     for first, begin, end, scores in _scores(q, k, rows, scale):
         mass = torch.exp(scores - lse[:, :, first:, None])
         dense[:, :, first:] += mass @ member[begin:end]
-        for index in indices:
+        for index in indices or ():
             at = index.heads.long()
             seen = index.visible(rows[first:], begin, end, k.shape[2])
             kept[:, at, first:] += (mass[:, at] * seen) @ member[begin:end]
-    return ClassMass(dense, kept)
+    return ClassMass(dense, dense if indices is None else kept)
 
 
 def divergences(
@@ -174,6 +177,17 @@ def divergences(
         same_top=passes[0].top == passes[1].top,
         nll_change=(nll[1] - nll[0]).masked_fill(following < 0, torch.nan),
     )
+
+
+def made_by_head(hidden: Tensor, logits: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a model's logits are its head's over these hidden states, and nothing more.
+
+    Shapes: ``hidden [m, width]``, ``logits [m, vocabulary]``, ``weight`` and ``bias`` as for
+    :func:`divergences`, which would compare other distributions than those of a model that
+    scales or caps its logits.
+    """
+    again = torch.nn.functional.linear(hidden, weight, bias).float()
+    return bool((again - logits).norm() <= HEAD_TOLERANCE * logits.norm())
 
 
 def relative_rms(x: Tensor, reference: Tensor, dim: int | tuple[int, ...]) -> Tensor:

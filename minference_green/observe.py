@@ -22,6 +22,7 @@ from minference_green.faithfulness import (
     causal_lse,
     divergences,
     kept_mass,
+    made_by_head,
     relative_rms,
     sampled_rows,
 )
@@ -44,9 +45,6 @@ ROWS = 256
 
 DENSITY_WARNING = 0.8
 """Above this a sparse method computes nearly everything and is a dense one with overhead."""
-
-HEAD_TOLERANCE = 0.01
-"""Relative difference of logits made here from the model's own; bfloat16 rounds to a tenth."""
 
 NO_RECALL = "the method's profile tells no log-sum-exp, so what it kept is not known"
 
@@ -294,12 +292,13 @@ def _incomparable(
     """Why the two arms' distributions cannot be compared, if so."""
     if made is None:
         return "the model has no plain linear head, so its distributions cannot be made again"
-    again = torch.nn.functional.linear(standard.last[:, -1], *made).float()
-    if not (again - standard.logits).norm() <= HEAD_TOLERANCE * standard.logits.norm():
+    for whose, states in (("reference arm's ", standard.last), ("", seen.last)):
+        broken = int((~states.isfinite()).any(-1).sum())
+        if broken:
+            at = f"{broken} of {states[..., 0].numel()} positions"
+            return f"the {whose}output is not finite at {at}"
+    if not made_by_head(standard.last[:, -1], standard.logits, *made):
         return "the model changes its logits after its head (a scale, a soft cap)"
-    broken = int((~seen.last.isfinite()).any(-1).sum())
-    if broken:
-        return f"the output is not finite at {broken} of {seen.last[..., 0].numel()} positions"
     return None
 
 

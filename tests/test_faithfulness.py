@@ -123,12 +123,23 @@ def test_mass_by_class_is_the_sum_over_the_keys_of_the_class(n: int) -> None:
     assert not found.dense[..., 3].any()
 
 
+def test_mass_by_class_of_every_pair_is_the_dense_mass() -> None:
+    n = 65
+    q, k, _ = inputs(n)
+    rows, classes = torch.tensor([0, 7, 64]), torch.arange(n) % 3
+    found = class_mass(q[:, :, rows], k, rows, classes, None, scale=0.2, n_classes=3)
+    assert torch.equal(found.kept, found.dense)
+    some = class_mass(q[:, :, rows], k, rows, classes, two_indices(n), scale=0.2, n_classes=3)
+    assert torch.equal(found.dense, some.dense)
+    assert not torch.equal(found.kept, some.kept)
+
+
 def test_mass_by_class_refuses_what_does_not_fit() -> None:
     q, k, _ = inputs(65)
     rows, classes, indices = torch.tensor([64]), torch.zeros(65), two_indices(65)
     with pytest.raises(ValueError, match=r"each of 4 query heads once, got \[3, 0\]"):
         class_mass(q[:, :, rows], k, rows, classes, indices[:1], scale=1.0, n_classes=1)
-    with pytest.raises(ValueError, match="once, got None"):
+    with pytest.raises(ValueError, match=r"once, got \[\]"):
         class_mass(q[:, :, rows], k, rows, classes, [], scale=1.0, n_classes=1)
     with pytest.raises(ValueError, match=r"each of 65 keys, got \[64\]"):
         class_mass(q[:, :, rows], k, rows, classes[1:], indices, scale=1.0, n_classes=1)

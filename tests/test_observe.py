@@ -278,6 +278,10 @@ def test_an_output_that_is_not_finite_is_told_instead_of_compared(
     observation = look(Dense(), Local(answer=spoiled)).observations["local"]
     assert observation.faithfulness is None
     assert "is not finite at" in str(observation.faithfulness_reason)
+    # A NaN in the reference is not laid at the door of what is held against it, nor of the head.
+    other = look(Local(answer=spoiled), Dense(), reference="local").observations["dense"]
+    assert other.faithfulness is None
+    assert str(other.faithfulness_reason).startswith("the reference arm's output is not finite at")
     assert observation.top1_agreement is None
 
 

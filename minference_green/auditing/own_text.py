@@ -16,7 +16,13 @@ from minference_green.auditing.loop import Parent, out_of_memory, skip
 from minference_green.auditing.plan import DENSE, LEAST_TEXT_TOKENS
 from minference_green.auditing.tags import OTHER, TAGS, tagged
 from minference_green.errors import UsageError
-from minference_green.faithfulness import Divergences, class_mass, divergences, sampled_rows
+from minference_green.faithfulness import (
+    Divergences,
+    class_mass,
+    divergences,
+    made_by_head,
+    sampled_rows,
+)
 from minference_green.ledger import KindOfText, OfText
 from minference_green.methods.auto import Auto, Deciding
 from minference_green.methods.dense import Dense
@@ -32,6 +38,9 @@ ROWS = 256
 
 POSITIONS_OF_KIND = 256
 """Tokens of a kind, spread over the text, whose predictions are compared."""
+
+HEAD_TOKENS = 64
+"""Tokens on which the head is tried."""
 
 KINDS = (*TAGS, OTHER)
 
@@ -91,9 +100,11 @@ def of_text(
 ) -> None:
     """Record for every arm what it loses of each kind, against dense prefill.
 
-    Raises ``UsageError`` for a yardstick without a density of its own: no haystack tells one.
+    Raises ``UsageError`` for a yardstick without a density of its own: no haystack tells one, and
+    for a model whose predictions cannot be made again from its hidden states.
     """
     positions = text.positions
+    made = _head(model, text)
     ready = {n: _ready(model, m, text, positions) for n, m in arms.items()}
     teacher = _Teacher(ready, text)
     parent.ask("cell", step="reading the text with", context_length=length, method="dense")
@@ -110,12 +121,22 @@ def of_text(
             continue
         finally:
             free_memory(model.model.device)
-        apart = _divergences(model, reference, hidden, text, positions)
+        broken = int((~(hidden.isfinite() & reference.isfinite())).any(-1).sum())
+        if broken:
+            reason = f"the output is not finite at {broken} of {len(hidden)} positions"
+            skip(parent, length, name, reason)
+            continue
+        following = text.ids[0].index_select(0, (positions + 1).to(text.ids.device))
+        with torch.inference_mode():
+            apart = divergences(reference, hidden, made[0], following, bias=made[1])
+        mass = teacher.mass.get(name)
+        # What some layers keep is not what the arm keeps.
+        whole = mass if mass is not None and mass.layers == teacher.layers else None
         record = OfText(
             context_length=length,
             method=name,
             tokens=text.ids.shape[1],
-            kinds=_by_kind(text, positions, teacher.mass.get(name), apart),
+            kinds=_by_kind(text, positions, whole, apart),
         )
         parent.ask("record", record=record.model_dump(mode="json"))
 
@@ -139,6 +160,7 @@ def _ready(
 class _Mass:
     """Attention mass by kind, summed over layers, heads and rows, float64 on the CPU."""
 
+    layers: int = 0
     dense: Tensor = field(default_factory=lambda: torch.zeros(len(KINDS), dtype=torch.float64))
     kept: Tensor = field(default_factory=lambda: torch.zeros(len(KINDS), dtype=torch.float64))
 
@@ -153,30 +175,37 @@ class _Teacher:
         self.mass: dict[str, _Mass] = {}
         self.failures: dict[str, str] = {}
         self._dense = Dense()
-        self._methods = {n: m for n, m in methods.items() if isinstance(m, ProfiledMethod)}
+        self.layers = 0
+        self._methods = {
+            n: m
+            for n, m in methods.items()
+            if isinstance(m, ProfiledMethod) and not isinstance(m, Dense)
+        }
         self._classes = text.classes
         self._rows = sampled_rows(text.ids.shape[1], ROWS)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int) -> Tensor:
         """Dense attention; notes what each method's index keeps of each kind."""
         at = self._rows.to(q.device)
+        self.layers += 1
         for name, method in self._methods.items():
             if name in self.failures:
                 continue
             try:
-                indices = method.profile(q, k, v, scale=scale, layer=layer).indices
+                profile = method.profile(q, k, v, scale=scale, layer=layer)
             except torch.OutOfMemoryError as error:
                 self.failures[name] = out_of_memory(error)
                 continue
-            if not indices:
+            if not profile.indices and not bool((profile.density == 1).all()):
                 continue
             found = class_mass(
-                q.index_select(2, at), k, self._rows, self._classes, indices,
+                q.index_select(2, at), k, self._rows, self._classes, profile.indices or None,
                 scale=scale, n_classes=len(KINDS),
             )  # fmt: skip
             mass = self.mass.setdefault(name, _Mass())
             mass.dense += found.dense.double().sum((0, 1, 2)).cpu()
             mass.kept += found.kept.double().sum((0, 1, 2)).cpu()
+            mass.layers += 1
         return self._dense.attend(q, k, v, scale=scale, layer=layer)
 
 
@@ -199,19 +228,19 @@ def _last_hidden(
     return kept[0]
 
 
-def _divergences(
-    model: LoadedModel, first: Tensor, second: Tensor, text: Text, positions: Tensor
-) -> Divergences:
+@torch.inference_mode()
+def _head(model: LoadedModel, text: Text) -> tuple[Tensor, Tensor | None]:
+    """The head that makes the model's logits, tried on the text's first tokens."""
     found = head(model.model)
-    if found is None:
+    kept: list[Tensor] = []
+    with tapped(model.model, layer=lambda _number, _hidden: None, last=kept.append):
+        out = model.model(input_ids=text.ids[:, :HEAD_TOKENS], use_cache=False)
+    if found is None or not made_by_head(kept[0][0], out.logits[0].float(), *found):
         raise UsageError(
-            f"{model.spec} has no linear head, so its predictions cannot be compared; "
-            "give a causal language model with one"
+            f"{model.spec} does more to its logits than one linear head (a scale, a soft cap), so "
+            "its predictions cannot be compared; give a causal language model without"
         )
-    weight, bias = found
-    following = text.ids[0].index_select(0, (positions + 1).to(text.ids.device))
-    with torch.inference_mode():
-        return divergences(first, second, weight, following, bias=bias)
+    return found
 
 
 def _by_kind(
