@@ -157,7 +157,10 @@ def probed_lists(
     lists: list[list[list[list[int]]]] = [[[] for _ in range(q.shape[1])] for _ in q]
     for first in range(n_k - n_q, n_k, TILE):
         last = min(first + TILE, n_k) - 1
-        probes = [min(first + (part + 1) * TILE // rows - 1, last) for part in range(rows)]
+        lanes = (
+            [TILE - 1] if rows == 1 else [part * (TILE - 1) // (rows - 1) for part in range(rows)]
+        )
+        probes = [min(first + lane, last) for lane in lanes]
         scores = torch.softmax(tile_masses(q, k, probes, scale=scale), -1).amax(2)
         diagonal = [n for n in range(last // TILE + 1) if (n + 1) * TILE - 1 >= first]
         for b, of_prompt in enumerate(lists):

@@ -157,9 +157,9 @@ def probed_index(
     """The best key tiles of each query tile by the attention of some of its rows.
 
     A key tile scores the largest share of its attention that any of ``rows`` probing rows puts
-    on it. They end ``rows`` equal parts of the query tile; in a shorter last tile those beyond
-    its end are its last row. Of each query tile the ``top_k`` key tiles of largest score, tile
-    0, and every tile that reaches past its first row.
+    on it. They lie evenly from the query tile's first row to its last (one row: the last); in a
+    shorter last tile those beyond its end are its last row. Of each query tile the ``top_k`` key
+    tiles of largest score, tile 0, and every tile that reaches past its first row.
 
     Shapes: ``q [B, Hq, n_q, D]``, ``k [B, Hkv, n_k, D]``, ``heads [H]`` int32 query heads, one
     ``top_k`` per head. ``tile_masses`` is the device's kernel of that name. Memory beyond the
@@ -172,7 +172,7 @@ def probed_index(
     batch, _, n_q, _ = q.shape
     n_k = k.shape[2]
     _check_counts(top_ks, len(heads))
-    lanes = [(part + 1) * TILE // rows - 1 for part in range(rows)]
+    lanes = [part * (TILE - 1) // (rows - 1) for part in range(rows)] if rows > 1 else [TILE - 1]
 
     def scores_of(begin: int, end: int) -> Tensor:
         firsts = range(n_k - n_q + begin * TILE, n_k - n_q + end * TILE, TILE)

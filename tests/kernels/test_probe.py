@@ -58,21 +58,21 @@ def test_probed_lists_are_the_oracles(n_q: int, n_k: int, rows: int) -> None:
 
 
 def test_a_key_that_one_probing_row_wants_is_kept_though_the_mean_of_the_tile_does_not() -> None:
-    """Row 15 of the last query tile looks at key 200 of 1024 alone; the others look nearby."""
+    """Row 21 of the last query tile looks at key 200 of 1024 alone; the others look nearby."""
     q, k = torch.zeros(1, 1, 1024, 64), torch.zeros(1, 1, 1024, 64)
-    k[..., 200, 0], q[..., 960 + 15, 0] = 8.0, 8.0
+    k[..., 200, 0], q[..., 960 + 21, 0] = 8.0, 8.0
     heads = heads_of(0)
     index = probed_index(q, k, heads, [1], 4, scale=1.0, tile_masses=cpu.tile_masses)
-    assert index.mask(1024, 1024)[0, 0, 960 + 15, 200]
+    assert index.mask(1024, 1024)[0, 0, 960 + 21, 200]
     assert not index.mask(1024, 1024)[0, 0, 896:960, 200].any()
 
 
 def test_a_flat_row_with_large_logits_does_not_outbid_a_sharp_one() -> None:
-    """Every logit of row 63 is 50, of no use to it; row 31 has one key, at a logit of 20."""
+    """Every logit of row 63 is 50, of no use to it; row 0 has one key, at a logit of 20."""
     q, k = torch.zeros(1, 1, 512, 64), torch.zeros(1, 1, 512, 64)
     k[..., 0] = 1.0
     k[..., 100, 1] = 1.0
-    q[..., 448 + 63, 0], q[..., 448 + 31, 1] = 50.0, 20.0
+    q[..., 448 + 63, 0], q[..., 448, 1] = 50.0, 20.0
     index = probed_index(q, k, heads_of(0), [1], 2, scale=1.0, tile_masses=cpu.tile_masses)
     assert index.blocks[0, 0, index.starts[0, 0, 7] : index.starts[0, 0, 8]].tolist() == [0, 1, 7]
 

@@ -12,9 +12,9 @@ from minference_green.kernels.selection import probed_index
 SIZES = (1, 7, 63, 64, 65, 111, 300, 1000)
 
 
-def ends_of_parts(n, parts):
-    """The last row of each of ``parts`` equal parts of every tile, as probing lists them."""
-    lanes = [(part + 1) * 64 // parts - 1 for part in range(parts)]
+def spread_rows(n, rows):
+    """``rows`` rows of every tile from its first to its last, as probing lists them."""
+    lanes = [part * 63 // max(1, rows - 1) for part in range(rows)]
     return [min(first + lane, n - 1) for first in range(0, n, 64) for lane in lanes]
 
 
@@ -31,7 +31,7 @@ def assert_masses(prompt, heads, rows, got):
 def test_masses_of_awkward_lengths_match_the_oracle(n, parts, dtype, make_prompt):
     prompt = make_prompt(n, dtype=dtype, columns=[0, n // 3], offsets=[n // 2])
     heads = torch.tensor([1, 0], dtype=torch.int32, device=prompt.q.device)
-    rows = ends_of_parts(n, parts)
+    rows = spread_rows(n, parts)
     got = tile_masses(prompt.q, prompt.k, heads, rows, scale=prompt.scale)
     assert_masses(prompt, heads, rows, got)
 
@@ -50,7 +50,7 @@ def test_key_tiles_of_several_programs_are_all_there(dtype, make_prompt, monkeyp
     monkeypatch.setattr(probe, "CHUNK_TILES", 2)
     prompt = make_prompt(300, dtype=dtype)
     heads = torch.tensor([0, 1], dtype=torch.int32, device=prompt.q.device)
-    rows = ends_of_parts(300, 16)
+    rows = spread_rows(300, 16)
     assert len(rows) > 64
     got = tile_masses(prompt.q, prompt.k, heads, rows, scale=prompt.scale)
     assert_masses(prompt, heads, rows, got)
@@ -61,7 +61,7 @@ def test_strided_inputs_give_the_same_masses(dtype, make_prompt):
     prompt = make_prompt(500, dtype=dtype)
     heads = torch.tensor([0, 1], dtype=torch.int32, device=prompt.q.device)
     q, k = prompt.q[:, :, :300], prompt.k[:, :, :300]
-    rows = ends_of_parts(300, 4)
+    rows = spread_rows(300, 4)
     want = tile_masses(q.contiguous(), k.contiguous(), heads, rows, scale=prompt.scale)
     interleaved = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
     for inputs in ([q, k], interleaved):
