@@ -10,6 +10,7 @@ from torch import Tensor
 from minference_green.auditing.plan import DENSE
 from minference_green.errors import UsageError
 from minference_green.ledger import NOISE_FLOOR, Computed
+from minference_green.methods.choose import method_from_name
 from minference_green.methods.dense import Dense
 from minference_green.methods.method import PrefillMethod
 from minference_green.methods.patterns import (
@@ -20,7 +21,7 @@ from minference_green.methods.patterns import (
     VerticalSlash,
 )
 from minference_green.methods.sparse import SparsePrefill
-from minference_green.methods.yardstick import YARDSTICKS, yardstick
+from minference_green.methods.yardstick import YARDSTICKS, TileYardstick, yardstick
 from minference_green.model.loading import LoadedModel
 from minference_green.worker import methods_by_name
 
@@ -73,9 +74,6 @@ def arms(
     """
     unsized = (n for n in asked if n in YARDSTICKS and "density" not in options.get(n, {}))
     equal = [n for n in unsized if n not in own]
-    strangers = {n: dict(o) for n, o in options.items() if n in equal and set(o) - {"seed"}}
-    if strangers:
-        raise UsageError(f"a yardstick takes density and seed, got {strangers}")
     named = [name for name in asked if name not in equal and name not in own]
     made = methods_by_name(named, {n: o for n, o in options.items() if n not in equal}, model)
     # A name on the command line may be a path to a method that calls itself otherwise.
@@ -83,9 +81,17 @@ def arms(
     found = with_budgets(methods, budgets)
     for name in equal:
         found[name] = EqualDensity(
-            name, _measured_against(name, methods), int(options.get(name, {}).get("seed", seed))
+            name, _measured_against(name, methods), _drawn_from(name, options.get(name, {}), seed)
         )
     return {**found, NOISE_FLOOR: noise_floor()}
+
+
+def _drawn_from(name: str, options: Mapping[str, str], seed: int) -> int:
+    """The seed among a yardstick's options, else the audit's; refuses what it does not take."""
+    if name == "random":
+        options = {"seed": str(seed), **options}
+    made = method_from_name(name, {**options, "density": "1"})
+    return made.seed if isinstance(made, TileYardstick) else seed
 
 
 def _measured_against(name: str, methods: Mapping[str, PrefillMethod]) -> str:

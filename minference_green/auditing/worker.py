@@ -307,7 +307,9 @@ class _Watched:
 
     def record(self, length: int, name: str) -> Computed:
         """What was noted of one prefill."""
-        by_layer = tuple(self._density[layer] for layer in sorted(self._density))
+        # By the model's own numbers: what keeps its own attention has an empty place.
+        layers = range(1 + max(self._density, default=-1))
+        by_layer = tuple(self._density.get(layer, ()) for layer in layers)
         # The mean of some layers is not the arm's.
         told = bool(by_layer) and self._recall.keys() == self._density.keys()
         heads = torch.cat(list(self._recall.values())) if told else None

@@ -104,7 +104,9 @@ def test_a_method_given_as_an_object_is_that_object():
     [
         (("oracle",), {}, "takes its density from a sparse method, and none is audited"),
         (("minferense",), {}, "'minferense' is not a method; choose from dense"),
-        (("a-shape", "oracle"), {"oracle": {"tiles": "3"}}, "takes density and seed"),
+        (("a-shape", "oracle"), {"oracle": {"tiles": "3"}}, "oracle has no option 'tiles'"),
+        (("a-shape", "oracle"), {"oracle": {"seed": "3"}}, "oracle has no option 'seed'"),
+        (("a-shape", "random"), {"random": {"seed": "x"}}, "seed must be a whole number, got 'x'"),
         (("a-shape",), {"spread": {"rows": "3"}}, "is given for spread"),
     ],
 )

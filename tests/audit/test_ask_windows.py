@@ -4,10 +4,14 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
+from minference_green.auditing.arms import EqualDensity
 from minference_green.auditing.ask import ModelRespondent
 from minference_green.auditing.score import score
+from minference_green.auditing.worker import _prepare
 from minference_green.corpus.recipe import Recipe
 from minference_green.methods.dense import Dense
+from minference_green.methods.patterns import AShape
+from minference_green.methods.sparse import uniform
 from minference_green.model.attention import UnsupportedModelError
 from minference_green.model.loading import LoadedModel
 from minference_green.model.text import Bytes
@@ -45,6 +49,33 @@ def test_a_window_shorter_than_the_prompt_changes_no_answer(window: int) -> None
             logits = asked.model.model(input_ids=torch.tensor([tokens]), use_cache=False).logits
         (expected,) = score(logits[0, -len(ready.probe.answer) :], [ready.probe])
         assert ours.logprob == pytest.approx(expected.logprob, abs=1e-4)
+
+
+def test_a_yardstick_takes_the_density_of_the_same_layer_where_others_have_windows() -> None:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=40,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    asked = respondent(Qwen2ForCausalLM(config))
+    told = []
+
+    class Parent:
+        def ask(self, type_, **fields):
+            told.extend([fields["record"]] if type_ == "record" else [])
+            return {}
+
+    arms = {
+        "a-shape": uniform("a-shape", AShape(8, 64)),
+        "random": EqualDensity("random", "a-shape", 0),
+    }
+    task = {"computed": [], "backends": {}, "plan": {"dtype": "float32"}}
+    ready = _prepare(Parent(), task, asked, arms, 1300, asked.model)
+    assert list(ready.arms) == ["a-shape", "random"]
+    window, random = (record["density_by_layer"] for record in told)
+    assert window[0] == random[0] == []
+    assert len(window[1]) == 4
+    assert random[1] == pytest.approx(window[1], rel=0.2)
 
 
 def test_a_recurrent_state_is_refused_before_anything_is_prefilled() -> None:
