@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from minference_green.counts import ALPHA
+from minference_green.detectable import planned_detectable
 from minference_green.retention import (
-    ALPHA,
     Answers,
     Finding,
     Score,
@@ -24,7 +25,6 @@ from minference_green.retention import (
     by_kind,
     depth_trend,
     judge,
-    planned_detectable,
 )
 
 KINDS = (

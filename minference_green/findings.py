@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from minference_green.detectable import Detectable
 from minference_green.ledger import (
     NOISE_FLOOR,
     Answered,
@@ -23,7 +24,6 @@ from minference_green.results import Skip
 from minference_green.retention import (
     Answer,
     Answers,
-    Detectable,
     Disparity,
     Flips,
     GroupTest,

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from minference_green import retention as module
+from minference_green import permutation
+from minference_green.detectable import planned_detectable
 from minference_green.errors import UsageError
 from minference_green.retention import (
     Answer,
     Finding,
+    Trend,
     by_depth,
     by_kind,
     by_kind_and_depth,
@@ -21,14 +23,9 @@ from minference_green.retention import (
     detectable,
     disparity,
     flips,
-    holm,
     intra_haystack_correlation,
     judge,
     loss,
-    mcnemar,
-    odds_ratio,
-    pairs_needed,
-    planned_detectable,
     retention,
     shift,
 )
@@ -261,27 +258,6 @@ def test_where_dense_was_always_right_nothing_can_be_gained():
     assert flips(audit(20, lost=1)).gained_share.reason == "nothing-to-gain"
 
 
-@pytest.mark.parametrize(("lost", "gained"), [(0, 0), (1, 0), (5, 0), (6, 0), (9, 2), (4, 21)])
-def test_mcnemar_is_the_exact_binomial_test_up_to_25(lost, gained):
-    wanted = scipy_stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
-    assert mcnemar(lost, gained) == pytest.approx(wanted)
-    assert mcnemar(gained, lost) == pytest.approx(wanted)
-
-
-@pytest.mark.parametrize(("lost", "gained"), [(26, 0), (20, 10), (13, 13), (30, 31)])
-def test_mcnemar_is_mid_p_above_25(lost, gained):
-    exact = scipy_stats.binomtest(lost, lost + gained).pvalue
-    at = scipy_stats.binom.pmf(lost, lost + gained, 0.5)
-    # Where both sides are level the exact p is capped at 1, so the middle is counted once.
-    wanted = exact - at if lost != gained else 1.0
-    assert mcnemar(lost, gained) == pytest.approx(wanted, abs=1e-12)
-
-
-def test_counts_below_nothing_are_refused():
-    with pytest.raises(ValueError, match="got -1 lost and 3 gained"):
-        mcnemar(-1, 3)
-
-
 def test_flips_by_haystacks_see_what_mcnemar_takes_for_independent():
     """Thirty answers lost in one haystack of thirty are one event."""
     rows = [answer(h, sparse=h > 0) for h in range(30) for _ in range(30)]
@@ -406,20 +382,6 @@ def test_p_is_what_all_permutations_give():
     assert found.p == pytest.approx(sum(s >= 10 for s in squares) / 81, abs=0.01)
 
 
-def test_permutations_are_uniform_within_strata_and_never_leave_them():
-    stratum = np.array([0, 0, 0, 1, 1, 2, 0])
-    value = np.array([1.0, 0, -1, 1, 0, 1, 0])
-    scored, draws = module._permutations(stratum, value, 30_000, seed=1)
-    drawn = np.concatenate(list(draws))
-    assert sorted(scored.tolist()) == [0, 2, 3, 5]
-    assert drawn.shape == (30_000, 4)
-    assert (stratum[drawn] == stratum[scored]).all()
-    first, second = (int(np.flatnonzero(scored == i)[0]) for i in (0, 2))
-    pairs, counts = np.unique(drawn[:, [first, second]], axis=0, return_counts=True)
-    assert len(pairs) == 12  # ordered pairs of the four answers of stratum 0
-    assert counts == pytest.approx(np.full(12, 2500), rel=0.1)
-
-
 def test_kinds_are_permuted_within_place_and_length_too():
     """All of the loss is inside; a kind asked there more often is not to blame."""
     rows = [
@@ -502,7 +464,7 @@ def test_names_do_not_depend_on_the_order_of_answers():
 def test_a_large_audit_is_permuted_in_pieces_without_changing_what_it_says(monkeypatch):
     answers = varied(share=0.3)
     whole = by_kind(answers, resamples=3000)
-    monkeypatch.setattr(module, "_AT_ONCE", 1000)
+    monkeypatch.setattr(permutation, "AT_ONCE", 1000)
     pieces = by_kind(answers, resamples=3000)
     assert pieces.p == pytest.approx(whole.p, abs=0.04)
     assert whole.resamples == pieces.resamples == 3000
@@ -558,15 +520,6 @@ def test_cells_of_kind_and_depth_use_the_rate_of_false_discoveries():
     assert [g.p_adjusted for g in found.groups] == pytest.approx(wanted)
 
 
-def test_holm_steps_down():
-    assert holm([0.04, 0.01, 0.03]) == pytest.approx((0.06, 0.03, 0.06))
-    assert holm([0.5, 0.9]) == (1.0, 1.0)
-    assert holm([]) == ()
-
-
-# --- depth as a trend
-
-
 def test_a_trend_is_the_least_squares_slope_within_haystacks():
     rng = np.random.default_rng(2)
     # Unlucky haystacks are asked at the start: a slope across them would be downward.
@@ -593,7 +546,7 @@ def test_a_trend_is_two_sided():
 
 def test_one_depth_per_haystack_makes_no_trend():
     rows = [answer(h, depth=h / 10, sparse=h > 5) for h in range(10) for _ in range(7)]
-    assert depth_trend(collect(rows)) == module.Trend(None, None, 70)
+    assert depth_trend(collect(rows)) == Trend(None, None, 70)
 
 
 # --- what is measured on a scale
@@ -672,14 +625,6 @@ def test_one_kind_has_no_disparity():
     assert disparity(audit(30, kinds=("date",))) is None
 
 
-def test_the_odds_ratio_adds_half_an_answer_to_each_count():
-    assert odds_ratio(0, 9, 0, 9) == 1.0
-    assert odds_ratio(3, 6, 1, 8) == pytest.approx(3.5 * 8.5 / (6.5 * 1.5))
-
-
-# --- correlation, and what can be detected
-
-
 def test_answers_that_share_everything_correlate_fully_and_independent_ones_not_at_all():
     alike = collect([answer(h, sparse=h % 3 > 0) for h in range(30) for _ in range(7)])
     assert intra_haystack_correlation(alike) == pytest.approx(1.0)
@@ -744,22 +689,3 @@ def test_a_plan_that_asks_nothing_is_refused(kinds, haystacks, items):
 def test_a_stated_share_that_is_none_is_refused(name, share):
     with pytest.raises(UsageError, match=f"{name}: {share:g} is not a share"):
         planned_detectable(["date", "url"], 10, **{name: share})
-
-
-@pytest.mark.parametrize(
-    ("discordant", "tests", "pairs"),
-    [(0.021, 1, 410), (0.03, 1, 587), (0.04, 1, 783), (0.03, 12, 1028), (0.04, 12, 1371)],
-)
-def test_pairs_needed_for_two_points_are_connors(discordant, tests, pairs):
-    assert pairs_needed(0.02, discordant, tests=tests) == pairs
-
-
-def test_pairs_that_share_haystacks_are_needed_in_larger_number():
-    # 586.3 pairs before rounding up, by a design effect of 3.7.
-    assert pairs_needed(0.02, 0.03, items_per_haystack=28, correlation=0.1) == 2170
-
-
-@pytest.mark.parametrize(("net", "discordant"), [(0.0, 0.1), (0.2, 0.1), (0.5, 1.5)])
-def test_shares_that_contradict_each_other_are_refused(net, discordant):
-    with pytest.raises(UsageError, match="cannot be"):
-        pairs_needed(net, discordant)

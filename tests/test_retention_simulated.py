@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from minference_green.counts import ALPHA
+from minference_green.detectable import planned_detectable
 from minference_green.retention import (
-    ALPHA,
     Finding,
     by_kind,
     depth_trend,
@@ -24,7 +25,6 @@ from minference_green.retention import (
     flips,
     intra_haystack_correlation,
     judge,
-    planned_detectable,
 )
 
 SIZES = (24, 120)
