@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,7 +33,16 @@ from minference_green.methods.patterns import (
     VerticalSlash,
 )
 
-STEPS = ("dense", "choose", "attend")
+TERMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "dense": ("call", "row", "causal_pair"),
+        "choose": ("call", "row", "position", "block_row", "block_pair"),
+        "attend": ("call", "row", "band_pair", "column", "listed_pair"),
+    }
+)
+"""What each step's seconds are made of."""
+
+STEPS = tuple(TERMS)
 
 Work = Mapping[str, float]
 """How much of each term there is to do."""
@@ -147,7 +157,7 @@ def read_law(content: bytes, name: str) -> Law:
     try:
         data: dict[str, Any] = json.loads(content)
         head_dims = {
-            int(head_dim): {step: Step(**steps[step]) for step in STEPS}
+            int(head_dim): {step: _step(step, **steps[step]) for step in STEPS}
             for head_dim, steps in data["head_dims"].items()
         }
         measured = data["measured"]["date"]
@@ -158,6 +168,15 @@ def read_law(content: bytes, name: str) -> Law:
         ) from error
     digest = hashlib.sha256(content).hexdigest()[:8]
     return Law(f"{name} of {measured}, sha256 {digest}", head_dims)
+
+
+def _step(name: str, seconds: dict[str, float], error: float, worst: float) -> Step:
+    """One step as its file has it; raises ``ValueError`` for a term or a number that is none."""
+    if set(seconds) != set(TERMS[name]):
+        raise ValueError(f"{name} has the terms {sorted(seconds)}, not {sorted(TERMS[name])}")
+    if not all(math.isfinite(x) for x in (*seconds.values(), error, worst)):
+        raise ValueError(f"{name} has a number that is not finite")
+    return Step(seconds, error, worst)
 
 
 def dense_work(batch: int, heads: int, n: int) -> Work:

@@ -99,9 +99,18 @@ def test_an_a_shape_costs_nothing_to_choose() -> None:
     [
         (b"{", "broken.json is no law of attention times .*JSONDecodeError"),
         (b"[]", "broken.json is no law"),
-        (content(head_dims={"64": {"dense": step()}}), "KeyError: 'choose'"),
+        (
+            content(head_dims={"64": {"dense": step(call=1.0, row=0.0, causal_pair=2.0)}}),
+            "KeyError: 'choose'",
+        ),
         (content(measured={}), "KeyError: 'date'"),
         (content(head_dims={"64": {name: {"speed": 1} for name in STEPS}}), "TypeError"),
+        (content(head_dims={"64": {name: step(call=1.0) for name in STEPS}}), "has the terms"),
+        (
+            content().replace(b'"causal_pair": 2.0', b'"causal_pair": NaN'),
+            "dense has a number that is not finite",
+        ),
+        (content().replace(b'"causal_pair": 2.0', b'"causal_pair": "2"'), "TypeError"),
     ],
 )
 def test_a_damaged_law_is_refused_with_what_is_wrong(wrong: bytes, match: str) -> None:
