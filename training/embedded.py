@@ -164,8 +164,9 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write weights, optimiser states and the step; a cut leaves the last whole save."""
-        fresh = folder.with_name(folder.name + ".new")
+        fresh, old = _fresh(folder), folder.with_name(folder.name + ".old")
         shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
         fresh.mkdir(parents=True)
         save_file(_cpu(self.network.state_dict()), fresh / "weights.safetensors")
         for name, optimiser in (("muon", self.muon), ("adam", self.adam)):
@@ -176,8 +177,10 @@ class Trainer:
                 fresh / f"{name}.safetensors",
             )
         (fresh / "step.json").write_text(json.dumps({"step": self.step, "seed": self.seed}))
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         fresh.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
     def load(self, folder: Path) -> None:
         """Continue from what ``save`` wrote."""
@@ -189,6 +192,19 @@ class Trainer:
                 state.setdefault(int(number), {})[field] = tensor
             optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
         self.step = json.loads((folder / "step.json").read_text())["step"]
+
+
+def saved(folder: Path) -> bool:
+    """Whether there is a save to continue from; one that was cut before it got its name gets it."""
+    fresh = _fresh(folder)
+    # The step is written last.
+    if not folder.exists() and (fresh / "step.json").exists():
+        fresh.rename(folder)
+    return folder.exists()
+
+
+def _fresh(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".new")
 
 
 def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -278,8 +294,10 @@ def main() -> None:
     )
     trainer = Trainer(plan(passes, STEP_TOKENS), Shape(), device, SEED)
     checkpoint = options.work / "checkpoint"
-    if checkpoint.exists():
+    if saved(checkpoint):
         trainer.load(checkpoint)
+    elif options.export:
+        parser.error(f"there is no {checkpoint} to export; train first")
     if options.export:
         export(trainer.network, options.export)
         return

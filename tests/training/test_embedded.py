@@ -1,13 +1,26 @@
 """Training: a stock Llama's arithmetic, resumable to the bit, and something is learned."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from training.documents import SOME_NAMES
-from training.embedded import LEARN, LENGTHEN, STEP_TOKENS, Pass, Steps, Trainer, export, plan, run
+from training.embedded import (
+    LEARN,
+    LENGTHEN,
+    STEP_TOKENS,
+    Pass,
+    Steps,
+    Trainer,
+    export,
+    main,
+    plan,
+    run,
+    saved,
+)
 from training.network import Network, Shape
 from training.positions import LONGEST, jumping_positions
 
@@ -68,6 +81,47 @@ def test_a_training_cut_in_two_ends_with_the_same_bits(tmp_path):
     advance(second, 3)
     for name, tensor in whole.network.state_dict().items():
         assert torch.equal(tensor, second.network.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_save_cut_at_any_rename_leaves_a_whole_one(tmp_path, monkeypatch, call):
+    folder, one = tmp_path / "checkpoint", trainer()
+    one.save(folder)
+    advance(one, 1)
+    renames = []
+
+    def cut(self, target, rename=Path.rename):
+        renames.append(target)
+        if len(renames) == call:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", cut)
+        with pytest.raises(KeyboardInterrupt):
+            one.save(folder)
+    assert saved(folder)
+    two = trainer()
+    two.load(folder)
+    assert two.step == call - 1  # the new one was whole, only its name was not
+    two.save(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_first_save_cut_before_its_end_is_none(tmp_path):
+    (tmp_path / "checkpoint.new").mkdir()
+    (tmp_path / "checkpoint.new/weights.safetensors").write_bytes(b"half")
+    assert not saved(tmp_path / "checkpoint")
+
+
+def test_what_was_never_trained_is_not_exported(tmp_path, monkeypatch, capsys):
+    words = ["embedded", "--work", str(tmp_path), "--export", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", words)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    with pytest.raises(SystemExit):
+        main()
+    assert "train first" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_something_is_learned():
