@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from minference_green import bench
+from minference_green.errors import MeasurementError
 from minference_green.results import load
 
 GreenBench = Callable[..., subprocess.CompletedProcess[str]]
@@ -138,7 +139,7 @@ def test_init_writes_settings_that_the_commands_accept(call, monkeypatch):
 
     def measure(request, output, progress):
         asked.append(request)
-        raise bench.MeasurementError("not measured in this test")
+        raise MeasurementError("not measured in this test")
 
     monkeypatch.setattr(bench, "run", measure)
     code, out, _ = call("init")
@@ -207,7 +208,7 @@ def test_with_the_gpu_the_same_command_measures(call, gpu_baseline, monkeypatch)
     from minference_green.meters import nvml
 
     def measure(*_):
-        raise bench.MeasurementError("began to measure")
+        raise MeasurementError("began to measure")
 
     monkeypatch.setattr(nvml, "gpu_present", lambda: True)
     monkeypatch.setattr(bench, "run", measure)
