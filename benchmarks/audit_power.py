@@ -15,15 +15,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from minference_green.answers import Answers, Score
 from minference_green.counts import ALPHA
 from minference_green.detectable import planned_detectable
+from minference_green.groups import by_depth, by_kind, depth_trend
 from minference_green.retention import (
-    Answers,
     Finding,
-    Score,
-    by_depth,
-    by_kind,
-    depth_trend,
     judge,
 )
 

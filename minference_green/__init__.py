@@ -6,7 +6,8 @@ A map, from the bottom up (a module imports only from its own floor or below):
 1. ``journal``, ``results``, ``ledger``, ``workload``, ``errors``: plain data and its files;
    ``corpus``: texts with known facts
 2. ``stats``, ``verdict``, ``retention``, ``findings``, ``render``: readers of results; neither
-   torch nor NVML; ``counts``, ``clustered``, ``permutation``, ``detectable``: their statistics
+   torch nor NVML; ``answers``, ``groups``, ``counts``, ``clustered``,
+   ``permutation``, ``detectable``: the statistics of audits
 3. ``methods``, ``meters``, ``carbon``: prefill methods; energy readings; gCO2e;
    ``faithfulness``: what a method's attention and output lost
 4. ``model``: the only place that imports transformers

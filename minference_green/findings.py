@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from minference_green.answers import Answer, Answers, collect
 from minference_green.detectable import Detectable
+from minference_green.groups import GroupTest, Trend, by_depth, by_kind, depth_trend
 from minference_green.ledger import (
     NOISE_FLOOR,
     Answered,
@@ -22,19 +24,11 @@ from minference_green.ledger import (
 )
 from minference_green.results import Skip
 from minference_green.retention import (
-    Answer,
-    Answers,
     Disparity,
     Flips,
-    GroupTest,
     LossVerdict,
     Share,
     Shift,
-    Trend,
-    by_depth,
-    by_kind,
-    collect,
-    depth_trend,
     detectable,
     disparity,
     flips,

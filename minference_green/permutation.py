@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+RESAMPLES = 9999
+"""Of a bootstrap or a permutation test; the smallest p is 0.0001."""
+
 AT_ONCE = 1 << 20
 """Elements of a working array: what fits a processor's cache is quickest."""
 

@@ -13,15 +13,14 @@ is noise and no bias.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
-from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minference_green.answers import Answers, Change, Score, scores
 from minference_green.clustered import (
     ASSUMED_CORRELATION,
     Clustered,
@@ -31,85 +30,21 @@ from minference_green.clustered import (
     interval,
     observed_correlation,
 )
-from minference_green.counts import ALPHA, benjamini_hochberg, holm, mcnemar, odds_ratio
-from minference_green.detectable import TESTABLE_ITEMS, Detectable, smallest_effects
+from minference_green.counts import ALPHA, mcnemar, odds_ratio
+from minference_green.detectable import Detectable, smallest_effects
 from minference_green.errors import UsageError
-from minference_green.permutation import (
-    codes,
-    group_means,
-    holds_several,
-    permutations,
-    sign_flip_p,
-    strata,
-)
+from minference_green.groups import Groups
+from minference_green.permutation import RESAMPLES, codes, group_means, sign_flip_p
 from minference_green.stats import SHOWN_LEVEL, log_mean
 
 DECIDING_HAYSTACKS = 5
 """Fewer haystacks decide nothing: how alike their answers are is not known."""
 
-DEPTH_EDGES = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
-"""Between the depths an audit asks at: .02 .1 .25 .5 .75 .9 .98."""
-
-RESAMPLES = 9999
-"""Of a bootstrap or a permutation test; the smallest p is 0.0001."""
-
 MOST_HAYSTACKS = 100_000
 """A verdict that needs more is at its margin."""
 
-Place = Literal["inside", "after"]
-"""Whether the question was part of the prefill or came after it."""
-
-Score = Literal["loss", "net"]
-"""Lost among the answers dense gave right; or lost minus gained among all."""
-
-Change = Literal["log_probability_change", "kl_above_floor_nats"]
-"""What is measured on a scale of each answer rather than right or wrong."""
-
 Reason = Literal["nothing-to-lose", "nothing-to-gain", "no-answers"]
 """Why a share is null: dense gave no answer right, or none wrong, or none is there."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One question of an audit, answered after dense and after sparse prefill."""
-
-    haystack: int
-    """Answers of one haystack carry one number, at every length it was padded to."""
-    kind: str
-    depth: float
-    """Of the fact within the context, 0 to 1."""
-    place: Place
-    context_tokens: int
-    dense_right: bool
-    sparse_right: bool
-    log_probability_change: float | None = None
-    """Of the right answer, sparse minus dense, in nats."""
-    kl_above_floor_nats: float | None = None
-    """KL of sparse from dense minus that of dense with another kernel; noise alone averages 0."""
-
-
-@dataclass(frozen=True, eq=False)
-class Answers:
-    """The same by columns, all of one length; ``collect`` makes them from answers."""
-
-    haystack: NDArray[np.int64]
-    kind: NDArray[np.str_]
-    depth: NDArray[np.float64]
-    place: NDArray[np.str_]
-    context_tokens: NDArray[np.int64]
-    dense_right: NDArray[np.bool_]
-    sparse_right: NDArray[np.bool_]
-    log_probability_change: NDArray[np.float64]
-    """NaN where it was not taken."""
-    kl_above_floor_nats: NDArray[np.float64]
-    """NaN where it was not taken."""
-
-    def __len__(self) -> int:
-        return len(self.haystack)
-
-    def where(self, chosen: NDArray[np.bool_]) -> "Answers":
-        """The answers chosen by a mask, as ``answers.where(answers.place == "inside")``."""
-        return Answers(**{f.name: getattr(self, f.name)[chosen] for f in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -175,61 +110,6 @@ class LossVerdict:
 
 
 @dataclass(frozen=True)
-class GroupLoss:
-    """One kind, depth or cell against the rest."""
-
-    name: str
-    dense_right: int
-    lost: int
-    gained: int
-    retention: float | None
-    odds_ratio: float | None
-    """Of losing an answer, against the other groups tested; above 1 is worse."""
-    p: float | None
-    """One-sided: the group loses more than the rest."""
-    p_adjusted: float | None
-    """Of all groups tested, by the test's correction."""
-    named: bool
-    """The group is shown to lose more than the rest, at an adjusted 5 %."""
-    untestable: Literal["few-right", "never-beside-another"] | None = None
-    """Null if tested. Dense gave too few answers right, or no haystack holds other groups."""
-
-
-@dataclass(frozen=True)
-class GroupTest:
-    """Whether what is lost depends on the group."""
-
-    groups: tuple[GroupLoss, ...]
-    score: Score
-    p: float | None
-    """That groups differ at all, by the variance between them; of ``net``, that any loses more
-    than the rest. Null with fewer than two to test."""
-    correction: Literal["holm", "benjamini-hochberg"]
-    resamples: int
-
-    @property
-    def named(self) -> tuple[str, ...]:
-        """Groups shown to lose more than the rest."""
-        return tuple(g.name for g in self.groups if g.named)
-
-    @property
-    def untestable(self) -> tuple[str, ...]:
-        """Groups of which nothing can be said, neither good nor bad."""
-        return tuple(g.name for g in self.groups if g.untestable)
-
-
-@dataclass(frozen=True)
-class Trend:
-    """How the score rises from the start of the context to its end."""
-
-    slope: float | None
-    """Share lost per whole depth; null where no haystack holds several depths."""
-    p: float | None
-    """Two-sided."""
-    items: int
-
-
-@dataclass(frozen=True)
 class Shift:
     """Mean change of what is measured on a scale, over haystacks."""
 
@@ -259,36 +139,6 @@ class Disparity:
     """What the worst over the best falls to in one of 20 methods that are even-handed."""
     odds_ratio: float
     """Odds of losing an answer, worst over best."""
-
-
-def collect(answers: Iterable[Answer]) -> Answers:
-    """Answers by columns; raises ``UsageError`` for none, or a depth or place that is none."""
-    rows = tuple(answers)
-    if not rows:
-        raise UsageError("there are no answers to judge; run the audit first")
-    for row in rows:
-        if not 0 <= row.depth <= 1:
-            raise UsageError(f"a depth of {row.depth:g} is not within the context: give 0 to 1")
-        if row.place not in get_args(Place):
-            raise UsageError(
-                f"a question is asked {' or '.join(get_args(Place))}, not {row.place!r}"
-            )
-
-    def column(name: str, dtype: type) -> NDArray[Any]:
-        values = [getattr(row, name) for row in rows]
-        return np.array([math.nan if v is None else v for v in values], dtype)
-
-    return Answers(
-        haystack=column("haystack", np.int64),
-        kind=column("kind", np.str_),
-        depth=column("depth", np.float64),
-        place=column("place", np.str_),
-        context_tokens=column("context_tokens", np.int64),
-        dense_right=column("dense_right", np.bool_),
-        sparse_right=column("sparse_right", np.bool_),
-        log_probability_change=column("log_probability_change", np.float64),
-        kl_above_floor_nats=column("kl_above_floor_nats", np.float64),
-    )
 
 
 def retention(
@@ -384,76 +234,6 @@ def judge(
     return verdict(Finding.UNDECIDED, "few-haystacks" if few else "margin-in-interval", more)
 
 
-def by_kind(
-    answers: Answers,
-    score: Score = "loss",
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> GroupTest:
-    """Whether kinds of information are lost unequally, and which ones; Holm over kinds.
-
-    Kinds are permuted among the answers of one haystack, place and length. That kinds differ at
-    all is judged by the variance between kinds; a kind is named where it loses more than the
-    rest, over its standard error (Janssen 1997). A kind of which dense got fewer than
-    ``TESTABLE_ITEMS`` answers right is not tested.
-    """
-    return _group_test(answers, answers.kind, score, "holm", resamples, seed)
-
-
-def by_depth(
-    answers: Answers,
-    score: Score = "loss",
-    *,
-    edges: Sequence[float] = DEPTH_EDGES,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> GroupTest:
-    """The same of depths, between ``edges``: a method may drop a range of them."""
-    return _group_test(answers, _depth_names(answers, edges), score, "holm", resamples, seed)
-
-
-def by_kind_and_depth(
-    answers: Answers,
-    score: Score = "loss",
-    *,
-    edges: Sequence[float] = DEPTH_EDGES,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> GroupTest:
-    """The same of each kind at each depth, to explore: 5 % of what is named may be false.
-
-    The correction is that of Benjamini and Hochberg (1995).
-    """
-    names = np.char.add(np.char.add(answers.kind, " "), _depth_names(answers, edges))
-    return _group_test(answers, names, score, "benjamini-hochberg", resamples, seed)
-
-
-def depth_trend(
-    answers: Answers,
-    score: Score = "loss",
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Trend:
-    """Linear contrast on depth, with depths permuted as kinds are in ``by_kind``."""
-    value, eligible = _score(answers, score)
-    part, value = answers.where(eligible), value[eligible]
-    stratum = _strata(part)
-    centred = part.depth - group_means(stratum, part.depth)[stratum]
-    # Equal depths may differ by rounding after their mean is taken away.
-    spread = float((centred**2).sum())
-    if spread < 1e-12 * max(len(part), 1):
-        return Trend(None, None, len(part))
-    moved, draws = permutations(stratum, value, resamples, seed)
-    observed = abs(float(centred[moved] @ value[moved]))
-    reached = sum(
-        int((np.abs(centred[drawn] @ value[moved]) >= observed * (1 - 1e-9)).sum())
-        for drawn in draws
-    )
-    return Trend(float(centred @ value) / spread, (reached + 1) / (resamples + 1), len(part))
-
-
 def shift(
     answers: Answers,
     of: Change = "log_probability_change",
@@ -486,7 +266,7 @@ def disparity(
     (Donner and Zou 2012), as if they were independent; that they share haystacks makes it wider
     than it need be. The worst of many kinds is low by chance alone: ``by_chance`` says how low.
     """
-    groups = _Groups.of(answers, answers.kind, "loss")
+    groups = Groups.of(answers, answers.kind, "loss")
     if len(groups.names) < 2:
         return None
     sizes, lost = groups.sizes, groups.sums
@@ -543,7 +323,7 @@ def detectable(
     counts = _counts(answers, "loss")
     if not len(counts.items):
         return None
-    groups = _Groups.of(answers, answers.kind, "loss")
+    groups = Groups.of(answers, answers.kind, "loss")
     sizes = dict(zip(groups.names.tolist(), groups.sizes.tolist(), strict=True))
     used, observed = correlation_used(counts, correlation)
     return smallest_effects(
@@ -559,15 +339,8 @@ def detectable(
     )
 
 
-def _score(answers: Answers, score: Score) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Score of each answer and which take part."""
-    net = answers.dense_right.astype(float) - answers.sparse_right
-    eligible = answers.dense_right if score == "loss" else np.ones(len(answers), bool)
-    return np.where(eligible, net, 0.0), eligible
-
-
 def _counts(answers: Answers, score: Score) -> Clustered:
-    return clustered(answers.haystack, *_score(answers, score), both_ways=score == "net")
+    return clustered(answers.haystack, *scores(answers, score), both_ways=score == "net")
 
 
 def _share(
@@ -599,155 +372,3 @@ def _worst_over_best(shares: NDArray[np.float64]) -> NDArray[np.float64]:
     """Along the last axis; 1 where all are 0."""
     best = shares.max(-1)
     return np.where(best > 0, shares.min(-1) / np.where(best > 0, best, 1), 1.0)
-
-
-@dataclass(frozen=True, eq=False)
-class _Groups:
-    """The answers of groups that can be tested, with sums of scores per group."""
-
-    names: NDArray[np.str_]
-    label: NDArray[np.intp]
-    """Place of each answer's group in ``names``."""
-    value: NDArray[np.float64]
-    stratum: NDArray[np.intp]
-    sizes: NDArray[np.float64]
-    sums: NDArray[np.float64]
-    """Of scores per group."""
-    moved: NDArray[np.float64]
-    """Flips per group, either way."""
-    untestable: dict[str, Literal["few-right", "never-beside-another"]]
-
-    @classmethod
-    def of(cls, answers: Answers, names: NDArray[np.str_], score: Score) -> "_Groups":
-        found, label = np.unique(names, return_inverse=True)
-        right = np.bincount(label[answers.dense_right], minlength=len(found))
-        value, eligible = _score(answers, score)
-        part = eligible & (right >= TESTABLE_ITEMS)[label]
-        stratum = _strata(answers)
-        beside = np.bincount(
-            label[part & holds_several(stratum, label, part)], minlength=len(found)
-        )
-        tested = (right >= TESTABLE_ITEMS) & (beside >= TESTABLE_ITEMS)
-        if tested.sum() == 1:
-            tested[:] = False  # its few neighbours are not tested: there is no rest
-        part &= tested[label]
-        kept, own = np.unique(label[part], return_inverse=True)
-        return cls(
-            names=found[kept],
-            label=own,
-            value=value[part],
-            stratum=codes(stratum[part]),
-            sizes=np.bincount(own, minlength=len(kept)).astype(float),
-            sums=np.bincount(own, value[part], minlength=len(kept)).astype(float),
-            moved=np.bincount(own, value[part] != 0, minlength=len(kept)).astype(float),
-            untestable={
-                str(name): "few-right" if few else "never-beside-another"
-                for name, few, yes in zip(found, right < TESTABLE_ITEMS, tested, strict=True)
-                if not yes
-            },
-        )
-
-    def worse(self, sums: NDArray[np.float64], moved: NDArray[np.float64]) -> NDArray[np.float64]:
-        """How much more each group loses than the rest, by sums and flips per group, (..., groups).
-
-        Over its standard error, for a group that flips more often both ways scatters more. Where
-        all flips are losses this ranks permutations as the sums alone do.
-        """
-        rest = self.sizes.sum() - self.sizes
-        apart = sums / self.sizes - (sums.sum(-1, keepdims=True) - sums) / rest
-        # Half a flip more on each side, so that none at all is not taken for certainty.
-        own = (moved + 0.5) / self.sizes**2
-        others = (moved.sum(-1, keepdims=True) - moved + 0.5) / rest**2
-        in_errors: NDArray[np.float64] = apart / np.sqrt(own + others)
-        return in_errors
-
-    def permuted(
-        self, resamples: int, seed: int
-    ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-        """Sums and flips per group with groups permuted within strata, (some, groups) at a time."""
-        scored, draws = permutations(self.stratum, self.value, resamples, seed)
-        groups, value = len(self.names), self.value[scored]
-        for drawn in draws:
-            place = (self.label[drawn] + groups * np.arange(len(drawn))[:, None]).ravel()
-            shape = len(drawn), groups
-            moved = np.bincount(place, minlength=math.prod(shape)).astype(float).reshape(shape)
-            if (value == 1).all():
-                yield moved, moved
-                continue
-            weights = np.broadcast_to(value, drawn.shape).ravel()
-            yield np.bincount(place, weights, math.prod(shape)).astype(float).reshape(shape), moved
-
-
-def _group_test(
-    answers: Answers,
-    names: NDArray[np.str_],
-    score: Score,
-    correction: Literal["holm", "benjamini-hochberg"],
-    resamples: int,
-    seed: int,
-) -> GroupTest:
-    groups = _Groups.of(answers, names, score)
-    worse = groups.worse(groups.sums, groups.moved)
-    between = float((groups.sums**2 / groups.sizes).sum())
-    reached, differ = np.zeros(len(groups.names)), 0
-    for sums, moved in groups.permuted(resamples, seed):
-        reached += (groups.worse(sums, moved) >= worse - 1e-9).sum(0)
-        differ += int(((sums**2 / groups.sizes).sum(1) >= between * (1 - 1e-9)).sum())
-    p = ((reached + 1) / (resamples + 1)).tolist()
-    adjusted = holm(p) if correction == "holm" else benjamini_hochberg(p)
-    # A group that flips more both ways varies more, so the variance of net says too much.
-    overall = (differ + 1) / (resamples + 1) if score == "loss" else min(adjusted, default=None)
-    tested = dict(zip(groups.names.tolist(), zip(p, adjusted, strict=True), strict=True))
-    return GroupTest(
-        groups=tuple(
-            _group_loss(answers, names, name, tested, groups.untestable)
-            for name in np.unique(names).tolist()
-        ),
-        score=score,
-        p=overall if tested else None,
-        correction=correction,
-        resamples=resamples,
-    )
-
-
-def _group_loss(
-    answers: Answers,
-    names: NDArray[np.str_],
-    name: str,
-    tested: dict[str, tuple[float, float]],
-    untestable: dict[str, Literal["few-right", "never-beside-another"]],
-) -> GroupLoss:
-    own = names == name
-    right, kept = answers.dense_right, answers.dense_right & answers.sparse_right
-    others = np.isin(names, list(tested)) & ~own
-    dense_right, lost = int(right[own].sum()), int((right & ~kept)[own].sum())
-    p, adjusted = tested.get(name, (None, None))
-    return GroupLoss(
-        name=name,
-        dense_right=dense_right,
-        lost=lost,
-        gained=int((~right & answers.sparse_right)[own].sum()),
-        retention=1 - lost / dense_right if dense_right else None,
-        odds_ratio=None
-        if p is None
-        else odds_ratio(
-            lost, dense_right - lost, int((right & ~kept)[others].sum()), int(kept[others].sum())
-        ),
-        p=p,
-        p_adjusted=adjusted,
-        named=adjusted is not None and adjusted <= ALPHA,
-        untestable=untestable.get(name),
-    )
-
-
-def _strata(answers: Answers) -> NDArray[np.intp]:
-    """Answers of one haystack, place and length carry one number."""
-    return strata(answers.haystack, answers.place, answers.context_tokens)
-
-
-def _depth_names(answers: Answers, edges: Sequence[float]) -> NDArray[np.str_]:
-    bounds = (0.0, *edges, 1.0)
-    if any(a >= b for a, b in pairwise(bounds)):
-        raise UsageError(f"depth edges {tuple(edges)} do not rise within 0 to 1")
-    names = np.array([f"{a:g}-{b:g}" for a, b in pairwise(bounds)])
-    return names[np.searchsorted(edges, answers.depth, side="right")]

@@ -48,6 +48,8 @@ FLOORS = {
     "auditing": 5,
     "ledger": 1,
     "findings": 2,
+    "answers": 2,
+    "groups": 2,
     "clustered": 2,
     "counts": 2,
     "detectable": 2,

@@ -9,17 +9,18 @@ import pytest
 from scipy import stats as scipy_stats
 
 from minference_green import permutation
+from minference_green.answers import Answer, collect
 from minference_green.detectable import planned_detectable
 from minference_green.errors import UsageError
-from minference_green.retention import (
-    Answer,
-    Finding,
+from minference_green.groups import (
     Trend,
     by_depth,
     by_kind,
     by_kind_and_depth,
-    collect,
     depth_trend,
+)
+from minference_green.retention import (
+    Finding,
     detectable,
     disparity,
     flips,

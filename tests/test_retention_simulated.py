@@ -16,10 +16,9 @@ from scipy.stats import binom
 
 from minference_green.counts import ALPHA
 from minference_green.detectable import planned_detectable
+from minference_green.groups import by_kind, depth_trend
 from minference_green.retention import (
     Finding,
-    by_kind,
-    depth_trend,
     detectable,
     disparity,
     flips,

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minference_green.findings import PLACES, YARDSTICKS, Arm, Findings, Place, findings
+from minference_green.groups import GroupTest
 from minference_green.ledger import NOISE_FLOOR, Audit, KindOfText, OfText
 from minference_green.render.audit_frontier import cheapest, frontier_sheet
 from minference_green.render.document import Document, Sheet
 from minference_green.render.numbers import ABSENT, significant
 from minference_green.results import Backends, Note, Skip
-from minference_green.retention import Finding, GroupTest, LossVerdict, Share, Shift
+from minference_green.retention import Finding, LossVerdict, Share, Shift
 from minference_green.workload import format_length
 
 PLACE_WORDS = {"inside": "inside the prompt", "after": "after it", "end": "at its end"}
