@@ -91,6 +91,32 @@ def own_text(content: str, encoder: Encoder, model: LoadedModel, length: int) ->
     return Text(torch.tensor([ids], device=model.model.device), classes)
 
 
+def check_readable(model: LoadedModel, text: Text, arms: Mapping[str, PrefillMethod]) -> None:
+    """Raise ``UsageError`` for a model or an arm of which a text cannot tell anything.
+
+    A yardstick needs a density of its own, which else a haystack tells. The model's predictions
+    must be its head's over its hidden states, tried on the first tokens.
+    """
+    for name, method in arms.items():
+        if isinstance(method, EqualDensity):
+            raise UsageError(
+                f"{name} takes its density from a haystack, and --text asks none; give one "
+                f"with --method-option {name}.density=0.1"
+            )
+    made = head(model.model)
+    kept: list[Tensor] = []
+    with (
+        torch.inference_mode(),
+        tapped(model.model, layer=lambda _number, _hidden: None, last=kept.append),
+    ):
+        out = model.model(input_ids=text.ids[:, :HEAD_TOKENS], use_cache=False)
+    if made is None or not made_by_head(kept[0][0], out.logits[0].float(), *made):
+        raise UsageError(
+            f"{model.spec} does more to its logits than one linear head (a scale, a soft cap), so "
+            "its predictions cannot be compared; give a causal language model without"
+        )
+
+
 def of_text(
     parent: Parent,
     model: LoadedModel,
@@ -100,11 +126,11 @@ def of_text(
 ) -> None:
     """Record for every arm what it loses of each kind, against dense prefill.
 
-    Raises ``UsageError`` for a yardstick without a density of its own: no haystack tells one, and
-    for a model whose predictions cannot be made again from its hidden states.
+    Model and arms are those that :func:`check_readable` let pass.
     """
     positions = text.positions
-    made = _head(model, text)
+    made = head(model.model)
+    assert made is not None
     ready = {n: _ready(model, m, text, positions) for n, m in arms.items()}
     teacher = _Teacher(ready, text)
     parent.ask("cell", step="reading the text with", context_length=length, method="dense")
@@ -144,11 +170,6 @@ def of_text(
 def _ready(
     model: LoadedModel, method: PrefillMethod, text: Text, positions: Tensor
 ) -> PrefillMethod:
-    if isinstance(method, EqualDensity):
-        raise UsageError(
-            f"{method.name} takes its density from a haystack, and --text asks none; give one "
-            f"with --method-option {method.name}.density=0.1"
-        )
     if isinstance(method, Auto):
         deciding = Deciding(method)
         _last_hidden(model, deciding, text, positions)
@@ -226,21 +247,6 @@ def _last_hidden(
     ):
         model.model(input_ids=text.ids, use_cache=False, logits_to_keep=1)
     return kept[0]
-
-
-@torch.inference_mode()
-def _head(model: LoadedModel, text: Text) -> tuple[Tensor, Tensor | None]:
-    """The head that makes the model's logits, tried on the text's first tokens."""
-    found = head(model.model)
-    kept: list[Tensor] = []
-    with tapped(model.model, layer=lambda _number, _hidden: None, last=kept.append):
-        out = model.model(input_ids=text.ids[:, :HEAD_TOKENS], use_cache=False)
-    if found is None or not made_by_head(kept[0][0], out.logits[0].float(), *found):
-        raise UsageError(
-            f"{model.spec} does more to its logits than one linear head (a scale, a soft cap), so "
-            "its predictions cannot be compared; give a causal language model without"
-        )
-    return found
 
 
 def _by_kind(

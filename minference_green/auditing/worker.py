@@ -17,7 +17,7 @@ from minference_green.auditing.arms import EqualDensity, arms
 from minference_green.auditing.ask import FILLED, ModelRespondent, Prompt, Respondent, show
 from minference_green.auditing.audit import Conversation, InProcess
 from minference_green.auditing.loop import Parent, Progress, ask_everything, out_of_memory, skip
-from minference_green.auditing.own_text import of_text, own_text
+from minference_green.auditing.own_text import check_readable, of_text, own_text
 from minference_green.auditing.plan import read_text
 from minference_green.channel import Message
 from minference_green.corpus.filler import FILLERS, OwnText
@@ -152,6 +152,8 @@ def _serve_text(
     assert plan.text is not None
     content = _unchanged(plan.text, plan.text_sha256, "--text")
     texts = {n: own_text(content, reader, model, n) for n in plan.context_lengths}
+    # What cannot be read ends the audit before it has a file.
+    check_readable(model, texts[plan.context_lengths[0]], methods)
     parent.ask("loaded", **identity(model, methods))
     done = {(n, m) for n, _, m in task["answered"]} | {(n, m) for n, m in task["excluded"]}
     for length, text in texts.items():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minference_green.auditing.arms import EqualDensity, noise_floor
-from minference_green.auditing.own_text import KINDS, of_text, own_text
+from minference_green.auditing.own_text import KINDS, check_readable, of_text, own_text
 from minference_green.errors import UsageError
 from minference_green.methods.dense import Dense
 from minference_green.methods.patterns import AShape
@@ -173,4 +173,4 @@ def test_a_text_shorter_than_the_least_is_refused(model):
 
 def test_a_yardstick_without_a_density_is_refused(model, text):
     with pytest.raises(UsageError, match=r"--method-option oracle\.density=0\.1"):
-        of_text(Told(), model, text, 1500, {"oracle": EqualDensity("oracle", "a-shape", 0)})
+        check_readable(model, text, {"oracle": EqualDensity("oracle", "a-shape", 0)})

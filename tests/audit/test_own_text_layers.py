@@ -1,13 +1,16 @@
 """What is told of a text where layers differ, logits are scaled, or numbers are gone."""
 
+import hashlib
 from types import MappingProxyType
 
 import pytest
 import torch
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from minference_green.auditing.own_text import Text, of_text, own_text
+from minference_green.auditing.own_text import Text, check_readable, of_text, own_text
+from minference_green.auditing.worker import serve
 from minference_green.errors import UsageError
+from minference_green.ledger import AuditPlan
 from minference_green.methods.dense import Dense
 from minference_green.methods.patterns import AShape
 from minference_green.methods.sparse import SparsePrefill
@@ -121,10 +124,31 @@ def test_a_model_that_scales_its_logits_is_refused_rather_than_misjudged(scaling
         allow_longer=False, directory=None,
     )  # fmt: skip
     text = own_text(TEXT * 20, Bytes((256,)), model, LENGTH)
-    parent = Told()
     if scaling == 1.0:
-        of_text(parent, model, text, LENGTH, {"dense": Dense()})
-        assert len(parent.records) == 1
+        check_readable(model, text, {"dense": Dense()})
         return
     with pytest.raises(UsageError, match="tiny does more to its logits than one linear head"):
-        of_text(parent, model, text, LENGTH, {"dense": Dense()})
+        check_readable(model, text, {"dense": Dense()})
+
+
+def test_what_cannot_be_read_ends_the_audit_before_it_has_a_file(model, tmp_path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT * 20)
+    plan = AuditPlan(
+        context_lengths=(LENGTH,), haystacks=1, noise_haystacks=1, inside=7, after=7, end=0,
+        competitors=1, kinds=("hex",), filler="prose", seed=0, dtype="float32",
+        margin_points=2.0, quick=True, text=str(file),
+        text_sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+    )  # fmt: skip
+    task = {
+        "plan": plan.model_dump(mode="json"),
+        "methods": ["dense", "a-shape", "random"],
+        "options": {},
+    }
+
+    class Silence:
+        def ask(self, type_, **fields):
+            raise AssertionError(f"told {type_} of an audit that cannot be")
+
+    with pytest.raises(UsageError, match="random takes its density from a haystack"):
+        serve(Silence(), task, torch.device("cpu"), model)
