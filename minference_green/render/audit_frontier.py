@@ -124,6 +124,8 @@ def cheapest(found: Findings, length: int) -> str:
             f"At {at} no method and budget keeps {100 * ENOUGH:g} % of the answers; {best.method} "
             f"comes nearest with {100 * (best.kept.value or 0):.1f} %."
         )
+    if not priced and not by_time:
+        return f"At {at} no prefill that keeps {100 * ENOUGH:g} % of the answers was measured."
     if priced:
         chosen = min(priced, key=lambda p: p.joules_per_mtok or 0.0)
         price = f"{significant(chosen.joules_per_mtok, 3)} J/Mtok"
@@ -139,6 +141,8 @@ def cheapest(found: Findings, length: int) -> str:
     if priced and dense is not None and dense.joules_per_mtok:
         share = 1 - (chosen.joules_per_mtok or 0.0) / dense.joules_per_mtok
         than = f", {abs(100 * share):.0f} % {'less' if share >= 0 else 'more'} than dense"
+    if unpriced := [p.method for p in keeping if p not in (priced or by_time)]:
+        than += f"; what {', '.join(unpriced)} takes was not measured"
     return (
         f"At {at} the {least} that keeps {100 * ENOUGH:g} % of the answers is {chosen.method}'s: "
         f"{100 * (chosen.kept.value or 0):.1f} % kept{bound}, {price}{than}."

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from minference_green.findings import findings, treatment
-from minference_green.ledger import NOISE_FLOOR
+from minference_green.ledger import NOISE_FLOOR, Spent
 from minference_green.render.audit import audit_document, conclusion
 from minference_green.render.audit_frontier import cheapest, picture
 from minference_green.render.audit_page import audit_page, heat_map
@@ -178,6 +178,29 @@ def test_the_cheapest_budget_that_keeps_enough_is_named(planned):
     assert "seconds per million tokens" in drawn
     assert drawn in audit_page(audit)
     ElementTree.fromstring(drawn)
+
+
+def test_a_budget_without_a_valid_window_is_not_chosen_and_said(planned):
+    names = ("dense", "a-shape x0.5", "a-shape")
+    audit = planned(lambda *_: False, arms=names, haystacks=3)
+
+    def spoiled(*methods):
+        return audit.model_copy(
+            update={
+                "events": tuple(
+                    e.model_copy(update={"valid": False})
+                    if isinstance(e, Spent) and e.method in methods
+                    else e
+                    for e in audit.events
+                )
+            }
+        )
+
+    one = cheapest(findings(spoiled("a-shape")), LENGTH)
+    assert "is a-shape x0.5's" in one
+    assert one.endswith("; what a-shape takes was not measured.")
+    none = cheapest(findings(spoiled(*names)), LENGTH)
+    assert none == "At 12k no prefill that keeps 99 % of the answers was measured."
 
 
 def test_no_budget_that_keeps_enough_is_said_with_the_nearest(planned):
