@@ -19,6 +19,7 @@ from minference_green.results import (
     Reading,
     Skip,
     headline_joules,
+    headline_obtained,
 )
 
 SCHEMA = "1.0"
@@ -232,7 +233,7 @@ class Spent(Record):
     @property
     def obtained(self) -> str:
         """How the headline joules were obtained."""
-        return "+".join(sorted({r.obtained for r in self.readings if r.headline})) or "none"
+        return headline_obtained(self.readings)
 
 
 Event = Annotated[

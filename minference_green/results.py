@@ -61,6 +61,11 @@ def headline_joules(readings: Sequence[Reading]) -> float | None:
     return sum(p for p in parts if p is not None)
 
 
+def headline_obtained(readings: Sequence[Reading]) -> str:
+    """How the joules of the headline were obtained, each way once; ``none`` without readings."""
+    return "+".join(sorted({r.obtained for r in readings if r.headline})) or "none"
+
+
 class DeviceState(Record):
     """State of one GPU at a moment; null where the device does not tell."""
 
@@ -366,7 +371,7 @@ class Window(Record):
     @property
     def obtained(self) -> str:
         """How the headline joules were obtained."""
-        return "+".join(sorted({r.obtained for r in self.readings if r.headline})) or "none"
+        return headline_obtained(self.readings)
 
 
 class Idle(Record):
