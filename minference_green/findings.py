@@ -12,6 +12,7 @@ from typing import Literal
 
 from minference_green.answers import Answer, Answers, collect
 from minference_green.detectable import Detectable
+from minference_green.errors import UsageError
 from minference_green.groups import GroupTest, Trend, by_depth, by_kind, depth_trend
 from minference_green.ledger import (
     NOISE_FLOOR,
@@ -400,7 +401,13 @@ def _items(
     found: Mapping[int, Answered],
 ) -> Iterable[Item]:
     for haystack in sorted(reference.keys() & found.keys()):
-        for at, question in enumerate(asked[length, haystack].questions):
+        questions = asked[length, haystack].questions if (length, haystack) in asked else ()
+        if not len(questions) == len(reference[haystack].logprob) == len(found[haystack].logprob):
+            raise UsageError(
+                f"haystack {haystack} at {length} tokens asks {len(questions)} questions, "
+                "its answers are to others; the file was damaged or edited: restore it"
+            )
+        for at, question in enumerate(questions):
             yield Item(haystack, question, reference[haystack], found[haystack], at)
 
 

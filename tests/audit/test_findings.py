@@ -5,8 +5,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from minference_green.errors import UsageError
 from minference_green.findings import findings, treatment
-from minference_green.ledger import NOISE_FLOOR, Spent
+from minference_green.ledger import NOISE_FLOOR, Asked, Spent
 from minference_green.render.audit import audit_document, conclusion
 from minference_green.render.audit_frontier import cheapest, picture
 from minference_green.render.audit_page import audit_page, heat_map
@@ -178,6 +179,22 @@ def test_the_cheapest_budget_that_keeps_enough_is_named(planned):
     assert "seconds per million tokens" in drawn
     assert drawn in audit_page(audit)
     ElementTree.fromstring(drawn)
+
+
+@pytest.mark.parametrize("damage", ["not asked", "fewer questions"])
+def test_answers_to_other_questions_are_refused(planned, damage):
+    audit = planned(lambda *_: False, haystacks=2)
+
+    def damaged(event):
+        if not isinstance(event, Asked) or event.haystack != 1:
+            return [event]
+        fewer = event.model_copy(update={"questions": event.questions[:3]})
+        return [fewer] if damage == "fewer questions" else []
+
+    events = tuple(e for event in audit.events for e in damaged(event))
+    n = 3 if damage == "fewer questions" else 0
+    with pytest.raises(UsageError, match=f"haystack 1 at {LENGTH} tokens asks {n} questions"):
+        findings(audit.model_copy(update={"events": events}))
 
 
 def test_a_budget_without_a_valid_window_is_not_chosen_and_said(planned):
