@@ -75,11 +75,13 @@ def own_text(content: str, encoder: Encoder, model: LoadedModel, length: int) ->
     model.check_length(length)
     tokens = encoder.encode(content)
     shift = len(encoder.opening)
-    count = min(len(tokens.ids) + shift, length)
+    whole = len(tokens.ids) + shift
+    count = min(whole, length)
     if count < LEAST_TEXT_TOKENS:
+        longer = "--context" if whole > length else "one"
         raise UsageError(
-            f"the text has {count} tokens for {model.spec}, at least {LEAST_TEXT_TOKENS} are "
-            "needed; give a longer one"
+            f"the text has {whole} tokens for {model.spec} and {length} are to be read, at least "
+            f"{LEAST_TEXT_TOKENS} are needed; give a longer {longer}"
         )
     classes = torch.full((count,), KINDS.index(OTHER))
     spans = tagged(content)

@@ -29,6 +29,7 @@ from minference_green.methods.auto import Auto, Choice, Deciding
 from minference_green.methods.backend import synchronize
 from minference_green.methods.dense import Dense, free_bytes
 from minference_green.methods.method import PrefillMethod, ProfiledMethod
+from minference_green.methods.yardstick import KeyOracle, check_tokens
 from minference_green.model.loading import LoadedModel, load
 from minference_green.model.text import Encoder, encoder
 from minference_green.results import Backends
@@ -71,6 +72,9 @@ def serve(
     methods = arms(
         task["methods"], task["options"], model, budgets=plan.budgets, seed=plan.seed, own=own
     )
+    for name, method in methods.items():
+        if isinstance(method, KeyOracle | EqualDensity):
+            check_tokens(name, max(plan.context_lengths))
     reader = encoder(model)
     if plan.text is not None:
         _serve_text(parent, task, plan, model, methods, reader)

@@ -139,11 +139,7 @@ class KeyOracle:
         """As :meth:`attend`, with its account; choosing and attending are one step."""
         _check_whole(self.name, q, k)
         n = q.shape[2]
-        if n > MOST_KEY_TOKENS:
-            raise UsageError(
-                f"{self.name} chooses key by key up to {MOST_KEY_TOKENS} tokens, got {n}; "
-                "use the method oracle, which chooses tiles"
-            )
+        check_tokens(self.name, n)
         counts = [
             keys_per_row(n, density)
             for density in _of_layer(self.name, self.density, layer, q.shape[1])
@@ -163,6 +159,15 @@ class KeyOracle:
         _, seconds = timed(q.device, attend)
         pairs = torch.tensor([_pairs(n, count) for count in counts], dtype=torch.float64)
         return LayerProfile(out, pairs / causal_pairs(n, n), 0.0, 0.0, seconds, lse)
+
+
+def check_tokens(name: str, n: int) -> None:
+    """Raise ``UsageError`` if the yardstick of this name does not choose among ``n`` keys."""
+    if name == KeyOracle.name and n > MOST_KEY_TOKENS:
+        raise UsageError(
+            f"{name} chooses key by key up to {MOST_KEY_TOKENS} tokens, got {n}; "
+            "use the method oracle, which chooses tiles"
+        )
 
 
 def tile_mass(q: Tensor, k: Tensor, *, scale: float) -> Tensor:

@@ -167,8 +167,11 @@ def test_an_arm_out_of_memory_is_skipped_and_the_others_go_on(model, text):
 
 
 def test_a_text_shorter_than_the_least_is_refused(model):
-    with pytest.raises(UsageError, match="the text has 12 tokens for embedded, at least 1024"):
+    told = "the text has 12 tokens for embedded and 4096 are to be read, at least 1024 are needed"
+    with pytest.raises(UsageError, match=f"{told}; give a longer one"):
         own_text("eleven byte", ENCODER, model, 4096)
+    with pytest.raises(UsageError, match=r"512 are to be read, .*; give a longer --context"):
+        own_text(TEXT, ENCODER, model, 512)
 
 
 def test_a_yardstick_without_a_density_is_refused(model, text):
