@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from minference_green import bench
 from minference_green.api import SILENT
-from minference_green.bench import extend
 from minference_green.errors import UsageError
 from minference_green.results import (
     Backends,
@@ -213,7 +213,7 @@ def test_a_finished_run_takes_more_blocks_and_its_file_says_so(
 ) -> None:
     green_bench("run", *small, "--blocks", "1", "--output", tmp_path)
     directory = only_run(tmp_path)
-    extend(directory, 2, "inconclusive at 1 block", SILENT)
+    bench.extend(directory, 2, "inconclusive at 1 block", SILENT)
     run = load(directory)
     assert run.complete
     assert run.sealed
@@ -223,7 +223,7 @@ def test_a_finished_run_takes_more_blocks_and_its_file_says_so(
     assert [e.event for e in run.events].count("seal") == 2
     assert "2 blocks (1 at first, then extended)" in green_bench("report", directory).stdout
     with pytest.raises(UsageError, match="already plans 2 blocks"):
-        extend(directory, 1, "", SILENT)
+        bench.extend(directory, 1, "", SILENT)
 
 
 def test_resuming_a_finished_run_prints_it_again(
@@ -269,6 +269,26 @@ def test_a_method_of_the_users_own_is_measured(
     assert own.logits_relative_error is not None
 
 
+@pytest.mark.parametrize("length", [1, 0])
+def test_a_prompt_in_which_nothing_can_be_left_out_is_refused_before_anything_is_started(
+    tmp_path: Path, length: int
+) -> None:
+    """Of one token's attention there is but one kind; two tokens are the least to compare."""
+    request = bench.Request(model="planted:tiny", context_lengths=(300, length))
+    with pytest.raises(UsageError, match=f"length of {length} .* give 2 tokens or more"):
+        bench.run(request, tmp_path, SILENT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_tokens_are_enough_to_compare(green_bench: GreenBench, tmp_path: Path) -> None:
+    done = green_bench(
+        "run", "--model", "planted:tiny", "--context", "2", "--blocks", "1", "--window", "0.05",
+        "--warmup", "0.01", "--quiet", "--output", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {w.method for w in load(only_run(tmp_path)).windows} == {"dense", "minference"}
+
+
 def test_a_cell_out_of_memory_is_skipped_with_the_reason_and_the_rest_goes_on(
     green_bench: GreenBench, small: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -308,7 +328,6 @@ def test_a_worker_the_system_kills_costs_its_cell_and_no_more(
         (["--model", "planted:huge"], 2, "planted:huge"),
         (["--model", "./nowhere"], 2, "nowhere"),
         (["--context", "64m"], 2, "--allow-longer"),
-        (["--context", "1,300"], 2, "give 2 tokens or more"),
         (["--method-option", "minference.pattern_file=none.json"], 2, "none.json"),
         (["--method-option", "minference.pattern_file=one_head.json"], 2, "1 layers of 1 heads"),
         (["--method-option", "minference.pattern_file=bad_head.json"], 2, "layer 0, head 0"),
