@@ -308,7 +308,8 @@ def _parts(found: Findings, notes: _Footnotes) -> Sheet:
 
 def _groups(arm: Arm, what: str, test: GroupTest | None) -> Sheet:
     groups = () if test is None else test.groups
-    p = "" if test is None or test.p is None else f"; that they differ at all: {_p(test.p)}"
+    tested = sum(g.p_adjusted is not None for g in groups)
+    p = "" if test is None or test.p is None else f"; that any loses more: {_p(test.p)}"
     places = [p for p in PLACES if p in arm.places] if what == "Kind" else []
 
     def share(kind: str, place: str) -> str:
@@ -318,7 +319,7 @@ def _groups(arm: Arm, what: str, test: GroupTest | None) -> Sheet:
     words = {"few-right": "not testable: dense fails it", "never-beside-another": "not testable"}
     return Sheet(
         f"{arm.method} at {format_length(arm.length)} by {what.lower()}, each against the rest, "
-        f"Holm over {len(groups)}{p}",
+        f"Holm over {tested}{p}",
         (
             "Context",
             what,

@@ -82,6 +82,15 @@ def test_a_method_that_drops_a_range_of_depths_has_that_range_named(planned):
     assert arm.kinds.named == ()
 
 
+def test_the_caption_of_kinds_counts_those_tested_and_names_the_test(planned):
+    def errs(arm, haystack, fact, place):
+        return fact.kind == "hex" or sometimes(arm, haystack, fact, place)
+
+    audit = planned(errs)
+    (sheet,) = (s for s in audit_document(audit).sheets if " by kind, " in s.caption)
+    assert "Holm over 13; that any loses more: p " in sheet.caption
+
+
 def test_a_kind_that_dense_fails_is_not_testable_rather_than_unharmed(planned):
     def fails(arm, haystack, fact, place):
         return fact.kind == "hex" or (arm == "a-shape" and chance(0.2, haystack, fact.id))
