@@ -1,10 +1,7 @@
 """What counts of answers show: tests, sizes of effects, bounds, corrections for many tests."""
 
-import math
 from collections.abc import Sequence
 from statistics import NormalDist
-
-from minference_green.errors import UsageError
 
 ALPHA = 0.05
 """Highest rate of false findings of a test, and the tail beyond either end of an interval."""
@@ -43,13 +40,6 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     return tuple(adjusted)
 
 
-def benjamini_hochberg(p_values: Sequence[float]) -> tuple[float, ...]:
-    """Adjusted p in the order given: 5 % of those found may be false (1995)."""
-    from scipy.stats import false_discovery_control
-
-    return tuple(false_discovery_control(p_values).tolist()) if len(p_values) else ()
-
-
 def clopper_pearson(share: float, items: float) -> tuple[float, float]:
     """Bounds of a share of so many independent items, each one-sided at ``ALPHA``."""
     from scipy.special import betaincinv
@@ -73,31 +63,6 @@ def share_above(margin: float, effective: float) -> float:
         lambda x: betainc(x, effective - x + 1, margin) - ALPHA, 1e-9, effective + 1 - 1e-9
     )
     return float(betaincinv(hits, effective - hits + 1, POWER))
-
-
-def pairs_needed(
-    net_loss: float,
-    discordant: float,
-    *,
-    tests: int = 1,
-    items_per_haystack: float = 1.0,
-    correlation: float = 0.0,
-) -> int:
-    """Pairs at which McNemar's test finds a net loss at two-sided 5 % with 80 % power.
-
-    ``discordant`` is the share of answers that flip either way, at least ``net_loss``; ``tests``
-    share the 5 % as Holm's first step does. Connor (1987), times the design effect of questions
-    that share a haystack. Raises ``UsageError`` where the shares contradict each other.
-    """
-    if not 0 < net_loss <= discordant <= 1:
-        raise UsageError(
-            f"a net loss of {net_loss:g} with {discordant:g} discordant cannot be: "
-            "give 0 < net loss <= discordant <= 1"
-        )
-    z_alpha, z_power = normal_quantile(1 - ALPHA / 2 / tests), normal_quantile(POWER)
-    root = z_alpha * math.sqrt(discordant) + z_power * math.sqrt(discordant - net_loss**2)
-    design_effect = 1 + (items_per_haystack - 1) * correlation
-    return math.ceil(design_effect * (root / net_loss) ** 2)
 
 
 def normal_quantile(probability: float) -> float:

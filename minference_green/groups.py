@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minference_green.answers import Answers, Score, scores, strata_of
-from minference_green.counts import ALPHA, benjamini_hochberg, holm, odds_ratio
+from minference_green.counts import ALPHA, holm, odds_ratio
 from minference_green.detectable import TESTABLE_ITEMS
 from minference_green.errors import UsageError
 from minference_green.permutation import (
@@ -39,7 +39,7 @@ class GroupLoss:
     p: float | None
     """One-sided: the group loses more than the rest."""
     p_adjusted: float | None
-    """Of all groups tested, by the test's correction."""
+    """Of all groups tested, by Holm."""
     named: bool
     """The group is shown to lose more than the rest, at an adjusted 5 %."""
     untestable: Literal["few-right", "never-beside-another"] | None = None
@@ -55,7 +55,6 @@ class GroupTest:
     p: float | None
     """That groups differ at all, by the variance between them; of ``net``, that any loses more
     than the rest. Null with fewer than two to test."""
-    correction: Literal["holm", "benjamini-hochberg"]
     resamples: int
 
     @property
@@ -94,7 +93,7 @@ def by_kind(
     rest, over its standard error (Janssen 1997). A kind of which dense got fewer than
     ``TESTABLE_ITEMS`` answers right is not tested.
     """
-    return _group_test(answers, answers.kind, score, "holm", resamples, seed)
+    return _group_test(answers, answers.kind, score, resamples, seed)
 
 
 def by_depth(
@@ -106,23 +105,7 @@ def by_depth(
     seed: int = 0,
 ) -> GroupTest:
     """The same of depths, between ``edges``: a method may drop a range of them."""
-    return _group_test(answers, _depth_names(answers, edges), score, "holm", resamples, seed)
-
-
-def by_kind_and_depth(
-    answers: Answers,
-    score: Score = "loss",
-    *,
-    edges: Sequence[float] = DEPTH_EDGES,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> GroupTest:
-    """The same of each kind at each depth, to explore: 5 % of what is named may be false.
-
-    The correction is that of Benjamini and Hochberg (1995).
-    """
-    names = np.char.add(np.char.add(answers.kind, " "), _depth_names(answers, edges))
-    return _group_test(answers, names, score, "benjamini-hochberg", resamples, seed)
+    return _group_test(answers, _depth_names(answers, edges), score, resamples, seed)
 
 
 def depth_trend(
@@ -232,7 +215,6 @@ def _group_test(
     answers: Answers,
     names: NDArray[np.str_],
     score: Score,
-    correction: Literal["holm", "benjamini-hochberg"],
     resamples: int,
     seed: int,
 ) -> GroupTest:
@@ -244,7 +226,7 @@ def _group_test(
         reached += (groups.worse(sums, moved) >= worse - 1e-9).sum(0)
         differ += int(((sums**2 / groups.sizes).sum(1) >= between * (1 - 1e-9)).sum())
     p = ((reached + 1) / (resamples + 1)).tolist()
-    adjusted = holm(p) if correction == "holm" else benjamini_hochberg(p)
+    adjusted = holm(p)
     # A group that flips more both ways varies more, so the variance of net says too much.
     overall = (differ + 1) / (resamples + 1) if score == "loss" else min(adjusted, default=None)
     tested = dict(zip(groups.names.tolist(), zip(p, adjusted, strict=True), strict=True))
@@ -255,7 +237,6 @@ def _group_test(
         ),
         score=score,
         p=overall if tested else None,
-        correction=correction,
         resamples=resamples,
     )
 

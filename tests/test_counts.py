@@ -4,15 +4,12 @@ import pytest
 from scipy import stats as scipy_stats
 
 from minference_green.counts import (
-    benjamini_hochberg,
     clopper_pearson,
     holm,
     mcnemar,
     odds_ratio,
-    pairs_needed,
     share_above,
 )
-from minference_green.errors import UsageError
 
 
 @pytest.mark.parametrize(("lost", "gained"), [(0, 0), (1, 0), (5, 0), (6, 0), (9, 2), (4, 21)])
@@ -51,31 +48,6 @@ def test_the_odds_ratio_adds_half_an_answer_to_each_count():
 
 
 # --- correlation, and what can be detected
-
-
-@pytest.mark.parametrize(
-    ("discordant", "tests", "pairs"),
-    [(0.021, 1, 410), (0.03, 1, 587), (0.04, 1, 783), (0.03, 12, 1028), (0.04, 12, 1371)],
-)
-def test_pairs_needed_for_two_points_are_connors(discordant, tests, pairs):
-    assert pairs_needed(0.02, discordant, tests=tests) == pairs
-
-
-def test_pairs_that_share_haystacks_are_needed_in_larger_number():
-    # 586.3 pairs before rounding up, by a design effect of 3.7.
-    assert pairs_needed(0.02, 0.03, items_per_haystack=28, correlation=0.1) == 2170
-
-
-@pytest.mark.parametrize(("net", "discordant"), [(0.0, 0.1), (0.2, 0.1), (0.5, 1.5)])
-def test_shares_that_contradict_each_other_are_refused(net, discordant):
-    with pytest.raises(UsageError, match="cannot be"):
-        pairs_needed(net, discordant)
-
-
-def test_false_discoveries_are_adjusted_in_the_order_given():
-    # By hand: p times tests over rank, never below that of a smaller p.
-    assert benjamini_hochberg([0.04, 0.01, 0.03]) == pytest.approx((0.04, 0.03, 0.04))
-    assert benjamini_hochberg([]) == ()
 
 
 @pytest.mark.parametrize(("hits", "items"), [(1, 7), (13, 111), (999, 1000)])

@@ -16,7 +16,6 @@ from minference_green.groups import (
     Trend,
     by_depth,
     by_kind,
-    by_kind_and_depth,
     depth_trend,
 )
 from minference_green.retention import (
@@ -211,7 +210,6 @@ def test_no_answers_left_after_choosing_say_so():
     assert flips(nobody).gained_share.reason == "no-answers"
     assert by_kind(nobody).groups == ()
     assert by_kind(nobody).p is None
-    assert by_kind_and_depth(nobody).groups == ()
     assert depth_trend(nobody).p is None
     assert disparity(nobody) is None
 
@@ -234,7 +232,6 @@ def test_no_figure_is_ever_nan():
                 judge(answers, 0.05, score, resamples=99),
                 by_kind(answers, score, resamples=99),
                 by_depth(answers, score, resamples=99),
-                by_kind_and_depth(answers, score, resamples=99),
                 depth_trend(answers, score, resamples=99),
             )
             assert all(finite(asdict(f)) for f in found)
@@ -504,21 +501,6 @@ def test_depths_are_told_apart_between_their_edges():
 def test_edges_that_do_not_rise_are_refused(edges):
     with pytest.raises(UsageError, match="do not rise within 0 to 1"):
         by_depth(audit(5), edges=edges)
-
-
-def test_cells_of_kind_and_depth_use_the_rate_of_false_discoveries():
-    rows = [
-        answer(h, k, depth=d, sparse=(k, d) != ("hex", 0.9))
-        for h in range(15)
-        for k in ("hex", "url", "date")
-        for d in (0.1, 0.9)
-    ]
-    found = by_kind_and_depth(collect(rows), edges=(0.5,), resamples=999)
-    assert found.named == ("hex 0.5-1",)
-    assert len(found.groups) == 6
-    p = [g.p for g in found.groups]
-    wanted = scipy_stats.false_discovery_control(p)
-    assert [g.p_adjusted for g in found.groups] == pytest.approx(wanted)
 
 
 def test_a_trend_is_the_least_squares_slope_within_haystacks():
