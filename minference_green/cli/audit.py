@@ -105,7 +105,7 @@ def audit(
         options=options.parse_options(method_option or []),
         context_lengths=options.parse_contexts(context),
         haystacks=haystacks,
-        kinds=known_kinds([k.strip() for k in kinds.split(",") if k.strip()]) if kinds else (),
+        kinds=known_kinds([k.strip() for k in kinds.split(",")]) if kinds else (),
         filler=filler_name,
         filler_sha256=filler_sha256,
         text=None if text is None else str(text.resolve()),

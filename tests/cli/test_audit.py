@@ -165,6 +165,7 @@ def test_an_arm_that_does_not_fit_is_marked_and_the_audit_ends_with_5(
     ("arguments", "message"),
     [
         (("--kinds", "hexx"), "did you mean 'hex'"),
+        (("--kinds", ","), "'' is not a kind"),
         (("--filler", "proze"), "neither a file nor one of prose, records, code"),
         (("--filler", "none.txt"), "No such file"),
         (("--quick", "--thorough"), "contradict"),
