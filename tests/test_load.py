@@ -3,9 +3,11 @@
 import time
 
 import pytest
+import torch
 
 from minference_green.errors import MeasurementError
 from minference_green.load import SimulatedLoad, WorkerLoad
+from minference_green.load_worker import _Products
 from minference_green.meters.simulated import GpuSpec, SimulatedGpu, VirtualClock, constant, steps
 
 
@@ -16,10 +18,17 @@ def load():
     running.close()
 
 
-def test_identical_work_takes_about_the_time_asked_for(load) -> None:
+def test_work_is_done_between_the_two_times_it_returns(load) -> None:
+    before = time.monotonic()
     start, end = load.work(0.2)
-    assert start < end <= time.monotonic()
-    assert 0.02 < end - start < 5
+    assert before <= start < end <= time.monotonic()
+
+
+def test_the_work_for_so_many_seconds_is_a_number_of_products() -> None:
+    products = _Products(torch.device("cpu"))
+    assert products.seconds > 0
+    products.seconds = 0.01
+    assert [products.count(seconds) for seconds in (1.0, 0.2, 0.001)] == [100, 20, 1]
 
 
 def test_a_load_is_switched_while_it_runs(load) -> None:
