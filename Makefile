@@ -28,9 +28,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 bench: $(READY)
 	$(PY) -m minference_green.cli.app run $(ARGS)
 
+# One thread each, or two test processes and their workers wait for each other on two cores.
 # GPU tests share the device: make test ARGS="-m gpu -n 0".
 test: $(READY)
-	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .
