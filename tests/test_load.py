@@ -7,7 +7,7 @@ import torch
 
 from minference_green.errors import MeasurementError
 from minference_green.load import SimulatedLoad, WorkerLoad
-from minference_green.load_worker import _Products
+from minference_green.load_worker import _begin, _Products
 from minference_green.meters.simulated import GpuSpec, SimulatedGpu, VirtualClock, constant, steps
 
 
@@ -24,11 +24,17 @@ def test_work_is_done_between_the_two_times_it_returns(load) -> None:
     assert before <= start < end <= time.monotonic()
 
 
-def test_the_work_for_so_many_seconds_is_a_number_of_products() -> None:
+def test_the_work_for_so_many_seconds_is_a_number_of_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     products = _Products(torch.device("cpu"))
     assert products.seconds > 0
     products.seconds = 0.01
     assert [products.count(seconds) for seconds in (1.0, 0.2, 0.001)] == [100, 20, 1]
+    launched: list[int] = []
+    monkeypatch.setattr(products, "launch", launched.append)
+    _begin({"type": "work", "seconds": 0.2}, products)
+    assert launched == [20]
 
 
 def test_a_load_is_switched_while_it_runs(load) -> None:

@@ -187,14 +187,13 @@ def text_document(audit: Audit, directory: Path | None) -> Document:
             f"{of.method} keeps least of that to {worst.kind} ({100 * _recall(worst):.1f} %) and "
             f"most of that to {best.kind} ({100 * _recall(best):.1f} %); one text has no interval."
         )
-    header = audit.header
     return Document(
         facts=_facts(findings(audit)),
         doubts=tuple(_doubts(findings(audit), directory)),
         sheets=tuple(_of_text(of) for of in told),
         footnotes=(),
         conclusion=tuple(sentences)
-        or (f"No method's index was seen on {header.plan.text}: nothing is told of attention.",),
+        or ("No method's index was seen on your text: nothing is told of attention.",),
     )
 
 
@@ -564,11 +563,13 @@ def _facts(found: Findings) -> tuple[tuple[str, str], ...]:
     kernels = {b.context_length: b.chosen for b in found.audit.of(Backends)}
     asked = (
         f"{plan.haystacks} haystacks of {each} questions ({plan.inside} inside, {plan.after} "
-        f"after, {plan.end} at the end) on {len(plan.kinds)} kinds, in {plan.filler}, seed "
-        f"{plan.seed}{', quick' if plan.quick else ''}"
+        f"after, {plan.end} at the end) on {len(plan.kinds)} kinds, in {Path(plan.filler).name}, "
+        f"seed {plan.seed}{', quick' if plan.quick else ''}"
     )
     if plan.text is not None:
-        asked = f"nothing; {plan.text} was read, sha256 {str(plan.text_sha256)[:16]}"
+        # The name alone: a report is shown to others, and where a file lay is nobody's business.
+        read = f"{Path(plan.text).name} was read, sha256 {str(plan.text_sha256)[:16]}"
+        asked = f"nothing; {read}"
     return (
         ("Machine", "; ".join([*([devices] if devices else []), print_.cpu, *versions])),
         (

@@ -213,6 +213,8 @@ def test_a_text_of_the_users_own_is_read_kind_by_kind(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "a-shape keeps least of that to" in done.stdout
+    assert "nothing; mine.txt was read" in done.stdout
+    assert str(file) not in done.stdout
     for word in ("measure", "date", "negated", "name", "KL nats"):
         assert word in done.stdout
     found = load_audit(only(tmp_path))
