@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 from minference_green.kernels.index import NONE, TILE, BandIndex, BlockIndex
-from minference_green.kernels.selection import check_probes, check_rows
+from minference_green.kernels.selection import check_probes, check_rows, probing_rows
 
 T = TypeVar("T")
 
 _GATHERED = 2**20
 """Elements of K a thread gathers at once, 4 MiB in fp32, unless one tile alone needs more."""
+
+_LOGITS = 2**21
+"""Logits of probing rows a thread holds at once, unless one query tile alone needs more."""
 
 
 def band_attention(
@@ -163,36 +166,65 @@ def row_scores(
     return columns, slashes
 
 
-def tile_masses(
-    q: Tensor, k: Tensor, heads: Tensor, rows: Sequence[int], *, scale: float
+def tile_shares(
+    q: Tensor,
+    k: Tensor,
+    heads: Tensor,
+    rows: int,
+    begin: int,
+    end: int,
+    *,
+    scale: float,
+    summed: bool = False,
 ) -> Tensor:
-    """Log-sum-exp of each row's causal logits over every key tile, head by head.
+    """What the probing rows of some query tiles attend to: one number per query and key tile.
 
-    Shapes: ``q [B, Hq, n_q, D]``, ``k [B, Hkv, n_k, D]``, ``heads [H]`` query heads, ``rows``
-    ascending positions of queries; returns fp32 ``[B, H, len(rows), tiles]`` as
-    :func:`minference_green.kernels.reference.tile_masses`. Raises ``ValueError`` on shapes or
-    rows that do not fit.
+    The natural logarithm of the largest share of its attention that one of
+    :func:`minference_green.kernels.selection.probing_rows` puts on the key tile, -inf where
+    none sees it; or, ``summed``, the sum of their shares, a row that is repeated counted once.
+
+    Shapes: ``q [B, Hq, n_q, D]``, ``k [B, Hkv, n_k, D]``, ``heads [H]`` query heads; returns
+    fp32 ``[B, H, end - begin, T]`` for the query tiles from ``begin`` to before ``end`` and all
+    ``T`` key tiles that the last of them reaches. Raises ``ValueError`` on shapes, rows or query
+    tiles that do not fit.
     """
     _check(q, k, k, k.shape[2])
     batch, n_q, n_k = q.shape[0], q.shape[2], k.shape[2]
-    check_probes(rows, n_q, n_k)
-    group, reach = q.shape[1] // k.shape[1], rows[-1] // TILE + 1
-    seen = min(reach * TILE, n_k)
-    listed = torch.tensor(rows)
-    masses = torch.empty(batch, len(heads), len(rows), reach)
-    future = torch.arange(seen) > listed[:, None]
+    check_probes(rows, begin, end, n_q)
+    group, probes = q.shape[1] // k.shape[1], probing_rows(rows, begin, end, n_q, n_k)
+    fill = 0.0 if summed else -torch.inf
+    reach = int(probes[-1, -1]) // TILE + 1
+    shares = torch.full((batch, len(heads), end - begin, reach), fill)
 
-    def score(job: tuple[int, int, int]) -> None:
-        b, n, head = job
-        queries = q[b, head].index_select(0, listed - (n_k - n_q)).float() * scale
-        logits = queries @ k[b, head // group, :seen].float().T
-        logits.masked_fill_(future, -torch.inf)
-        whole = torch.nn.functional.pad(logits, (0, reach * TILE - seen), value=-torch.inf)
-        masses[b, n] = whole.unflatten(1, (reach, TILE)).logsumexp(-1)
+    def score(job: tuple[int, int, int, Tensor]) -> None:
+        b, n, head, tiles = job
+        at = probes[tiles]
+        seen = int(at[-1, -1]) + 1
+        # Keys from here on are not seen by every row.
+        near = int(at[0, 0])
+        queries = q[b, head].index_select(0, at.flatten() - (n_k - n_q)).float() * scale
+        logits = torch.full((len(queries), -(-seen // TILE) * TILE), -torch.inf)
+        torch.mm(queries, k[b, head // group, :seen].float().T, out=logits[:, :seen])
+        logits[:, near:seen].masked_fill_(torch.arange(near, seen) > at.view(-1, 1), -torch.inf)
+        masses = logits.unflatten(1, (-1, TILE)).logsumexp(-1)
+        share = (masses - masses.logsumexp(-1, keepdim=True)).view(*at.shape, -1)
+        if summed:
+            repeated = torch.nn.functional.pad(at[:, 1:] == at[:, :-1], (1, 0))
+            share = share.exp_().masked_fill_(repeated[..., None], 0).sum(1)
+        else:
+            share = share.amax(1)
+        shares[b, n, tiles, : share.shape[1]] = share
 
-    jobs = [(b, n, head) for b in range(batch) for n, head in enumerate(heads.tolist())]
+    step = max(1, _LOGITS // (rows * n_k))
+    parts = torch.arange(end - begin).split(step)
+    jobs = [
+        (b, n, head, tiles)
+        for b in range(batch)
+        for n, head in enumerate(heads.tolist())
+        for tiles in parts
+    ]
     _on_each_thread(score, jobs)
-    return masses
+    return shares
 
 
 def block_means(x: Tensor) -> Tensor:

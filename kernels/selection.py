@@ -21,6 +21,9 @@ FORCED_OFFSETS = 100
 LEAST_OFFSETS = 50
 """The least number of slashes (MInference)."""
 
+ALWAYS = 3
+"""Key tiles kept whatever their score: tile 0, and up to two that reach past a first row."""
+
 _SLAB = 2**25
 """Scores of block pairs held at once: 128 MiB of them, 256 MiB of their sort keys."""
 
@@ -107,6 +110,43 @@ def join_bands(first: BandIndex, second: BandIndex) -> BandIndex:
     )
 
 
+def probing_rows(rows: int, begin: int, end: int, n_q: int, n_k: int) -> Tensor:
+    """Positions of the probing rows of query tiles, int64 ``[end - begin, rows]``.
+
+    They lie evenly from the query tile's first row to its last (one row: the last); in a
+    shorter last tile those beyond its end are its last row.
+    """
+    part = torch.arange(rows)
+    lane = part * (TILE - 1) // (rows - 1) if rows > 1 else part + TILE - 1
+    first = n_k - n_q + TILE * torch.arange(begin, end)
+    return (first[:, None] + lane).clamp(max=n_k - 1)
+
+
+def best_blocks(scores: Tensor, top_ks: Sequence[int], first_row: int, n_k: int) -> Tensor:
+    """Key tiles of consecutive query tiles by score, as ascending lists.
+
+    Among the key tiles that start at or before a query tile's last row: the ``top_k`` of
+    largest score, ties to the smaller position, tile 0, and those that reach past its first row.
+
+    Shapes: ``scores [B, H, M, T]`` fp32 of the query tiles whose first starts at ``first_row``,
+    over at least the key tiles that they reach, one ``top_k`` per head; returns int32
+    ``[B, H, M, min(max(top_ks) + 3, T)]``, padded with ``NONE``. Raises ``ValueError`` on
+    another dtype, number of sizes or number of key tiles.
+    """
+    check_blocks(scores, top_ks, first_row, n_k)
+    batch, n_heads, n_tiles, n_blocks = scores.shape
+    first = first_row + TILE * torch.arange(n_tiles, dtype=torch.int32, device=scores.device)
+    last = (first + TILE).clamp(max=n_k) - 1
+    block = torch.arange(n_blocks, device=scores.device)
+    keys = _sort_keys(scores).masked_fill_(block > (last // TILE)[:, None], _UNREACHABLE)
+    best = _positions(_largest(keys, top_ks))
+    always = torch.stack([torch.zeros_like(first), first // TILE, last // TILE], dim=-1)
+    both = torch.cat([best, always.expand(batch, n_heads, -1, -1)], dim=-1).sort(-1).values
+    repeated = torch.nn.functional.pad(both[..., 1:] == both[..., :-1], (1, 0))
+    each_once = both.masked_fill_(repeated, NONE).sort(-1).values
+    return each_once[..., : min(max(top_ks) + ALWAYS, n_blocks)].contiguous()
+
+
 def block_index(
     q_means: Tensor,
     k_means: Tensor,
@@ -116,6 +156,7 @@ def block_index(
     scale: float,
     n_q: int,
     n_k: int,
+    choose: Callable[[Tensor, Sequence[int], int, int], Tensor] = best_blocks,
 ) -> BlockIndex:
     """MInference's block-sparse choice: the best key tiles of each query tile by pooled score.
 
@@ -125,6 +166,7 @@ def block_index(
 
     Shapes: ``q_means [B, H, ceil(n_q / TILE), D]`` and ``k_means [B, H, ceil(n_k / TILE), D]``
     fp32, KV heads repeated for their query heads; ``heads [H]`` int32, one ``top_k`` per head.
+    ``choose`` is the device's fastest :func:`best_blocks`.
     Memory beyond the index is bounded whatever the length. Raises ``ValueError`` if shapes,
     lengths or numbers of heads disagree.
     """
@@ -137,11 +179,12 @@ def block_index(
             f"n_q = {n_q}, n_k = {n_k} at {TILE} tokens a tile"
         )
 
-    def scores_of(begin: int, end: int) -> Tensor:
-        return q_means[:, :, begin:end] @ k_means.transpose(-1, -2) * scale
+    def chosen(begin: int, end: int) -> Tensor:
+        scores = q_means[:, :, begin:end] @ k_means.transpose(-1, -2) * scale
+        return choose(scores, top_ks, n_k - n_q + begin * TILE, n_k)
 
     slab = max(1, _SLAB // (batch * n_heads * n_blocks))
-    return _best_blocks(scores_of, slab, batch, heads, top_ks, n_q, n_k)
+    return _listed_index(chosen, slab, batch, heads, top_ks, n_q, n_k)
 
 
 def probed_index(
@@ -152,42 +195,40 @@ def probed_index(
     rows: int,
     *,
     scale: float,
-    tile_masses: Callable[..., Tensor],
+    tile_shares: Callable[..., Tensor],
+    choose: Callable[[Tensor, Sequence[int], int, int], Tensor] = best_blocks,
 ) -> BlockIndex:
     """The best key tiles of each query tile by the attention of some of its rows.
 
-    A key tile scores the largest share of its attention that any of ``rows`` probing rows puts
-    on it. They lie evenly from the query tile's first row to its last (one row: the last); in a
-    shorter last tile those beyond its end are its last row. Of each query tile the ``top_k`` key
-    tiles of largest score, tile 0, and every tile that reaches past its first row.
+    A key tile scores the largest share of its attention that any of the ``rows`` probing rows
+    of :func:`probing_rows` puts on it: shares, because rows compare by them whatever the size
+    of their logits. Of each query tile the ``top_k`` key tiles of largest score, tile 0, and
+    every tile that reaches past its first row.
 
     Shapes: ``q [B, Hq, n_q, D]``, ``k [B, Hkv, n_k, D]``, ``heads [H]`` int32 query heads, one
-    ``top_k`` per head. ``tile_masses`` is the device's kernel of that name. Memory beyond the
-    index is bounded whatever the length, unless one query tile alone needs more. Nothing waits
-    for the device. Raises ``ValueError`` if numbers of heads disagree, or on ``rows`` outside 1
-    to ``TILE``.
+    ``top_k`` per head. ``tile_shares`` is the device's kernel of that name, ``choose`` its
+    fastest :func:`best_blocks`. Memory beyond the index is bounded whatever the length, unless
+    one query tile alone needs more. Nothing waits for the device. Raises ``ValueError`` if
+    numbers of heads disagree, or on ``rows`` outside 1 to ``TILE``.
     """
-    if not 1 <= rows <= TILE:
-        raise ValueError(f"rows must be between 1 and {TILE}, got {rows}")
     batch, _, n_q, _ = q.shape
     n_k = k.shape[2]
     _check_counts(top_ks, len(heads))
-    lanes = [part * (TILE - 1) // (rows - 1) for part in range(rows)] if rows > 1 else [TILE - 1]
+    check_probes(rows, 0, -(-n_q // TILE), n_q)
 
-    def scores_of(begin: int, end: int) -> Tensor:
-        firsts = range(n_k - n_q + begin * TILE, n_k - n_q + end * TILE, TILE)
-        probes = [min(first + lane, n_k - 1) for first in firsts for lane in lanes]
-        masses = tile_masses(q, k, heads, probes, scale=scale)
-        # Rows compare by their shares: each sees itself, so its sum over all tiles is finite.
-        shares: Tensor = masses.sub_(masses.logsumexp(-1, keepdim=True))
-        return shares.view(*shares.shape[:2], end - begin, rows, -1).amax(3)
+    def chosen(begin: int, end: int) -> Tensor:
+        shares = tile_shares(q, k, heads, rows, begin, end, scale=scale)
+        return choose(shares, top_ks, n_k - n_q + begin * TILE, n_k)
 
     slab = max(1, _SLAB // (batch * len(heads) * -(-n_k // TILE) * rows))
-    return _best_blocks(scores_of, slab, batch, heads, top_ks, n_q, n_k)
+    # A kernel's program takes 128 probing rows: whole programs, where there is room for one.
+    whole = max(1, 128 // rows)
+    slab = slab // whole * whole or slab
+    return _listed_index(chosen, slab, batch, heads, top_ks, n_q, n_k)
 
 
-def _best_blocks(
-    scores_of: Callable[[int, int], Tensor],
+def _listed_index(
+    chosen: Callable[[int, int], Tensor],
     slab: int,
     batch: int,
     heads: Tensor,
@@ -195,45 +236,26 @@ def _best_blocks(
     n_q: int,
     n_k: int,
 ) -> BlockIndex:
-    """The index of the best key tiles, ``slab`` query tiles scored at a time.
+    """The index of chosen key tiles, ``slab`` query tiles at a time.
 
-    ``scores_of(begin, end)`` are fp32 scores ``[B, H, end - begin, key tiles]`` of some query
-    tiles, over at least the key tiles that they reach.
+    ``chosen(begin, end)`` are the lists of some query tiles, as :func:`best_blocks` gives them.
     """
     n_heads, n_tiles, device = len(heads), -(-n_q // TILE), heads.device
     firsts = range(n_k - n_q, n_k, TILE)
     reachable = [(min(first + TILE, n_k) - 1) // TILE + 1 for first in firsts]
-    capacity = sum(min(n, max(top_ks) + 3) for n in reachable)
+    capacity = sum(min(n, max(top_ks) + ALWAYS) for n in reachable)
     starts = torch.zeros(batch, n_heads, n_tiles + 1, dtype=torch.int32, device=device)
-    # The last slot stays NONE: what is not kept goes there.
+    # The last slot stays NONE: padding goes there.
     blocks = torch.full((batch, n_heads, capacity + 1), NONE, dtype=torch.int32, device=device)
     for begin in range(0, n_tiles, slab):
         end = min(begin + slab, n_tiles)
-        chosen = _choose_blocks(scores_of(begin, end), top_ks, n_k - n_q + begin * TILE, n_k)
-        kept = chosen != NONE
-        ends = starts[:, :, begin, None] + kept.sum(-1).cumsum(-1)
-        starts[:, :, begin + 1 : end + 1] = ends
-        rank = starts[:, :, begin:end, None] + kept.cumsum(-1) - 1
-        slot = torch.where(kept, rank, capacity)
-        blocks.scatter_(2, slot.flatten(2), torch.where(kept, chosen, NONE).flatten(2))
+        lists = chosen(begin, end)
+        kept = lists != NONE
+        starts[:, :, begin + 1 : end + 1] = starts[:, :, begin, None] + kept.sum(-1).cumsum(-1)
+        slot = starts[:, :, begin:end, None] + torch.arange(lists.shape[-1], device=device)
+        slot = torch.where(kept, slot, capacity)
+        blocks.scatter_(2, slot.flatten(2), lists.flatten(2))
     return BlockIndex(heads=heads, starts=starts, blocks=blocks, n_q=n_q, n_k=n_k)
-
-
-def _choose_blocks(scores: Tensor, top_ks: Sequence[int], first_row: int, n_k: int) -> Tensor:
-    """Key tiles of consecutive query tiles: int32, each once in ascending order, or ``NONE``.
-
-    Shapes: ``scores [B, H, M, key tiles]``; returns ``[B, H, M, C]``.
-    """
-    batch, n_heads, n_tiles, n_blocks = scores.shape
-    first = first_row + TILE * torch.arange(n_tiles, dtype=torch.int32, device=scores.device)
-    last = (first + TILE).clamp(max=n_k) - 1
-    block = torch.arange(n_blocks, device=scores.device)
-    keys = _sort_keys(scores).masked_fill_(block > (last // TILE)[:, None], _UNREACHABLE)
-    best = _positions(_largest(keys, top_ks))
-    always = torch.stack([torch.zeros_like(first), first // TILE, last // TILE], dim=-1)
-    both = torch.cat([best, always.expand(batch, n_heads, -1, -1)], dim=-1).sort(-1).values
-    repeated = torch.nn.functional.pad(both[..., 1:] == both[..., :-1], (1, 0))
-    return both.masked_fill_(repeated, NONE)
 
 
 def _sort_keys(scores: Tensor) -> Tensor:
@@ -298,16 +320,27 @@ def check_rows(rows: Sequence[int], n_q: int, n_k: int) -> None:
         )
 
 
-def check_probes(rows: Sequence[int], n_q: int, n_k: int) -> None:
-    """Refuse rows that are not ascending positions, repeated or not, among the last ``n_q``."""
-    if not rows:
-        raise ValueError("rows must name at least one position, got none")
-    if any(a > b for a, b in pairwise(rows)):
-        raise ValueError("rows must not descend")
-    if rows[0] < n_k - n_q or rows[-1] >= n_k:
+def check_probes(rows: int, begin: int, end: int, n_q: int) -> None:
+    """Refuse a number of probing rows that is not 1 to ``TILE``, or query tiles not there."""
+    if not 1 <= rows <= TILE:
+        raise ValueError(f"rows must be between 1 and {TILE}, got {rows}")
+    n_tiles = -(-n_q // TILE)
+    if not 0 <= begin < end <= n_tiles:
+        raise ValueError(f"query tiles must be some of 0 to {n_tiles}, got {begin} to {end}")
+
+
+def check_blocks(scores: Tensor, top_ks: Sequence[int], first_row: int, n_k: int) -> None:
+    """Refuse scores that are not fp32 ``[B, H, M, T]`` over all that their query tiles reach."""
+    if scores.dtype != torch.float32 or scores.ndim != 4:
         raise ValueError(
-            f"rows must be positions of queries, {n_k - n_q} to {n_k - 1}, "
-            f"got {rows[0]} to {rows[-1]}"
+            f"scores must be float32 [B, H, M, T], got {scores.dtype} {tuple(scores.shape)}"
+        )
+    _check_counts(top_ks, scores.shape[1])
+    reach = (min(first_row + scores.shape[2] * TILE, n_k) - 1) // TILE + 1
+    if scores.shape[3] < reach:
+        raise ValueError(
+            f"scores must cover the {reach} key tiles that the query tiles reach, "
+            f"got {scores.shape[3]}"
         )
 
 

@@ -21,7 +21,8 @@ class Kernels:
 
     row_scores: Callable[..., tuple[Tensor, Tensor]]
     block_means: Callable[[Tensor], Tensor]
-    tile_masses: Callable[..., Tensor]
+    tile_shares: Callable[..., Tensor]
+    best_blocks: Callable[[Tensor, Sequence[int], int, int], Tensor]
     top_positions: Callable[[Tensor, Sequence[int], int], Tensor]
     cut_tiles: Callable[[Tensor], Tensor]
     band_attention: Callable[..., Any]
@@ -38,7 +39,8 @@ def kernels_for(device: torch.device) -> Kernels:
             return Kernels(
                 row_scores=cpu.row_scores,
                 block_means=cpu.block_means,
-                tile_masses=cpu.tile_masses,
+                tile_shares=cpu.tile_shares,
+                best_blocks=selection.best_blocks,
                 top_positions=selection.top_positions,
                 cut_tiles=cpu.cut_tiles,
                 band_attention=cpu.band_attention,
@@ -56,12 +58,21 @@ def _triton_kernels() -> Kernels:
             "sparse prefill on a GPU needs Triton, which is not installed; "
             "install it with: pip install triton"
         )
-    from minference_green.kernels import block_sparse, cut, estimate, probe, top, vertical_slash
+    from minference_green.kernels import (
+        best_blocks,
+        block_sparse,
+        cut,
+        estimate,
+        probe,
+        top,
+        vertical_slash,
+    )
 
     return Kernels(
         row_scores=estimate.row_scores,
         block_means=estimate.block_means,
-        tile_masses=probe.tile_masses,
+        tile_shares=probe.tile_shares,
+        best_blocks=best_blocks.best_blocks,
         top_positions=top.top_positions,
         cut_tiles=cut.cut_tiles,
         band_attention=vertical_slash.band_attention,

@@ -251,6 +251,7 @@ class _Layer:
                 scale=self.scale,
                 n_q=self.q.shape[2],
                 n_k=self.k.shape[2],
+                choose=self.kernels.best_blocks,
             )
         ]
 
@@ -267,7 +268,8 @@ class _Layer:
                 [p.top_k for p in group.values()],
                 rows,
                 scale=self.scale,
-                tile_masses=self.kernels.tile_masses,
+                tile_shares=self.kernels.tile_shares,
+                choose=self.kernels.best_blocks,
             )
             for rows, group in by_rows.items()
         ]

@@ -6,7 +6,8 @@ explains and how much the choice; the random choice is the floor.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,8 +17,8 @@ from torch.nn.functional import pad
 
 from minference_green.errors import UsageError
 from minference_green.kernels.index import NONE, TILE, BlockIndex, causal_pairs
-from minference_green.kernels.selection import top_positions
-from minference_green.methods.backend import kernels_for, timed
+from minference_green.kernels.selection import to_device, top_positions
+from minference_green.methods.backend import Kernels, kernels_for, timed
 from minference_green.methods.method import LayerProfile, ProfiledMethod
 
 Densities = float | tuple[tuple[float, ...], ...]
@@ -30,6 +31,9 @@ MOST_KEY_TOKENS = 16384
 
 _SCORES = 2**25
 """Scores held at once, 128 MiB in fp32."""
+
+_GOLDEN = -0x61C8864680B583EB
+"""Splitmix64's step, 2**64 by the golden ratio, as a signed number."""
 
 
 def yardstick(name: str, density: Densities, seed: int = 0) -> ProfiledMethod:
@@ -79,18 +83,20 @@ class TileYardstick:
         """As :meth:`attend`, with its account."""
         _check_whole(self.name, q, k)
         n, densities = q.shape[2], _of_layer(self.name, self.density, layer, q.shape[1])
-        block_attention = kernels_for(q.device).block_attention
-        kept, estimate_seconds = timed(
-            q.device,
-            lambda: [
-                best_tiles(self._scores(q_head, k_head, scale, (layer, *at)), n, densities[at[1]])
-                for at, q_head, k_head in _heads(q, k)
-            ],
-        )
-        index, index_seconds = timed(q.device, lambda: _block_index(kept, q.shape[0], n))
+        kernels = kernels_for(q.device)
+
+        def choose() -> list[Tensor]:
+            return [
+                best_tiles(self._scores(kernels, q, k, scale, (layer, b, h)), n, densities[h])
+                for b, h in itertools.product(range(q.shape[0]), range(q.shape[1]))
+            ]
+
         try:
+            kept, estimate_seconds = timed(q.device, choose)
+            index, index_seconds = timed(q.device, lambda: _block_index(kept, q.shape[0], n))
             (out, lse), attend_seconds = timed(
-                q.device, lambda: block_attention(q, k, v, index, scale=scale, return_lse=True)
+                q.device,
+                lambda: kernels.block_attention(q, k, v, index, scale=scale, return_lse=True),
             )
         except ValueError as error:
             raise UsageError(f"{self.name} cannot run on this model: {error}") from error
@@ -98,15 +104,15 @@ class TileYardstick:
         seconds = (estimate_seconds, index_seconds, attend_seconds)
         return LayerProfile(out, density, *seconds, lse, (index,))
 
-    def _scores(self, q: Tensor, k: Tensor, scale: float, at: tuple[int, ...]) -> Tensor:
+    def _scores(
+        self, kernels: Kernels, q: Tensor, k: Tensor, scale: float, at: tuple[int, int, int]
+    ) -> Tensor:
         """``[tiles, tiles]`` of one head; ``at`` is its layer, prompt and number."""
+        _, prompt, head = at
         if self.name == "oracle":
-            return tile_mass(q, k, scale=scale)
-        tiles = -(-q.shape[0] // TILE)
-        key = hashlib.blake2b(repr((self.seed, *at)).encode(), digest_size=7).digest()
-        # Drawn on the CPU: the same tiles on every device.
-        g = torch.Generator().manual_seed(int.from_bytes(key))
-        return torch.rand(tiles, tiles, generator=g).to(q.device)
+            one = slice(prompt, prompt + 1)
+            return tile_mass(q[one], k[one], head, scale=scale, tile_shares=kernels.tile_shares)
+        return drawn(-(-q.shape[2] // TILE), (self.seed, *at), q.device)
 
 
 @dataclass(frozen=True)
@@ -170,19 +176,39 @@ def check_tokens(name: str, n: int) -> None:
         )
 
 
-def tile_mass(q: Tensor, k: Tensor, *, scale: float) -> Tensor:
+def tile_mass(
+    q: Tensor, k: Tensor, head: int, *, scale: float, tile_shares: Callable[..., Tensor]
+) -> Tensor:
     """Causal softmax mass of one head by query tile and key tile.
 
-    Shapes: ``q, k [N, D]``; returns fp32 ``[tiles, tiles]``, whose rows sum to their tile's
-    number of queries. Computed in fp32, some queries at a time.
+    Shapes: ``q [1, Hq, N, D]``, ``k [1, Hkv, N, D]``, ``head`` a query head; returns fp32
+    ``[tiles, tiles]``, whose rows sum to their tile's number of queries. ``tile_shares`` is the
+    device's kernel of that name, run for some query tiles at a time.
     """
-    tiles = -(-q.shape[0] // TILE)
+    tiles = -(-q.shape[2] // TILE)
     mass = torch.zeros(tiles, tiles, dtype=torch.float32, device=q.device)
-    for begin, end, scores in _scores(q, k, scale):
-        first, last = begin // TILE, -(-end // TILE)
-        weights = pad(torch.softmax(scores, -1), (0, -end % TILE, 0, (begin - end) % TILE))
-        mass[first:last, :last] = weights.view(last - first, TILE, last, TILE).sum((1, 3))
+    heads = to_device([head], q.device)
+    step = max(1, _SCORES // (tiles * TILE))
+    for begin in range(0, tiles, step):
+        end = min(begin + step, tiles)
+        shares = tile_shares(q, k, heads, TILE, begin, end, scale=scale, summed=True)
+        mass[begin:end, : shares.shape[-1]] = shares[0, 0]
     return mass
+
+
+def drawn(tiles: int, key: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers in [0, 1) drawn by a key, fp32 ``[tiles, tiles]``: the same on every device.
+
+    Each is a hash of the key and its place (splitmix64: Steele, Lea, Flood, OOPSLA 2014).
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    place = torch.arange(tiles * tiles, device=device).view(tiles, tiles)
+    x = place * _GOLDEN + int.from_bytes(digest, signed=True)
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        # Shifted right with zeros, as of an unsigned number.
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    # 24 bits are exact in fp32.
+    return ((x ^ (x >> 31)) >> 20 & 0xFFFFFF).float() / 2**24
 
 
 def best_tiles(scores: Tensor, n: int, density: float) -> Tensor:

@@ -51,7 +51,7 @@ def signature(kernel: Any, constants: dict[str, Any], descriptor: str) -> dict[s
     """Argument types by name, as the launchers pass them in bfloat16."""
     int32 = {"heads", "starts", "columns", "bits", "n_full", "n_left", "blocks", "lists", "rows"}
     int32 |= {"shared", "first", "second", "first_left", "second_left", "offsets", "counts"}
-    float32 = {"lse", "partial", "mean", "masses", "slashes"}
+    float32 = {"lse", "partial", "mean", "masses", "shares", "scores", "slashes"}
     types = {}
     for parameter in kernel.params:
         name = parameter.name
@@ -185,15 +185,37 @@ def test_estimators_do_not_spill(name, capability, tmp_path):
 
 
 @each_capability
-def test_probing_does_not_spill(capability, tmp_path):
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_probing_does_not_spill(head_dim, capability, tmp_path):
     from minference_green.kernels import probe
 
-    constants = sizes(128, CHUNK=probe.CHUNK_TILES)
-    options = {"num_warps": 4, "num_stages": 3}
+    constants = sizes(head_dim, ROWS=8, QUERIES=probe.QUERIES, CHUNK=probe.CHUNK_TILES)
+    options = probe.options(head_dim)
     got = compiled(probe._tile_mass_kernel, capability, tmp_path, constants, options)
     assert got.spills == []
     assert got.resident(capability) >= 2
     assert uses_tensor_cores(got.sass, capability)
+
+
+# As many key tiles as 64K, 256K, 1M and 2M tokens have.
+@pytest.mark.parametrize("held", [1024, 4096, 16384, 32768])
+def test_choosing_blocks_does_not_spill(held, tmp_path):
+    from minference_green.kernels import best_blocks
+
+    options = {"num_warps": best_blocks.warps(held)}
+    constants = {"TILE": TILE, "HELD": held}
+    got = compiled(best_blocks._best_kernel, HOPPER, tmp_path, constants, options)
+    assert got.spills == []
+
+
+@pytest.mark.parametrize(("rows", "summed"), [(8, False), (64, True)])
+def test_sharing_out_masses_does_not_spill(rows, summed, tmp_path):
+    from minference_green.kernels import probe
+
+    constants = {"ROWS": rows, "PADDED": rows, "TILE": TILE, "CHUNK": probe._HELD // rows}
+    constants["SUMMED"] = summed
+    got = compiled(probe._share_kernel, HOPPER, tmp_path, constants, {"num_warps": 4})
+    assert got.spills == []
 
 
 def test_small_kernels_do_not_spill(tmp_path):

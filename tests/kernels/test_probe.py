@@ -26,18 +26,37 @@ def heads_of(*heads: int) -> Tensor:
 
 def probed(q: Tensor, k: Tensor, *, top_ks: list[int], rows: int) -> BlockIndex:
     heads = heads_of(3, 0)
-    return probed_index(q, k, heads, top_ks, rows, scale=0.3, tile_masses=cpu.tile_masses)
+    return probed_index(q, k, heads, top_ks, rows, scale=0.3, tile_shares=cpu.tile_shares)
 
 
+def exact_shares(q: Tensor, k: Tensor, rows: int, begin: int, end: int, summed: bool) -> Tensor:
+    """Query tile by query tile, each probing row once, by the float64 oracle."""
+    n_q, n_k = q.shape[2], k.shape[2]
+    reach = (min(n_k - n_q + end * 64, n_k) - 1) // 64 + 1
+    shares = torch.full((2, 4, end - begin, reach), 0.0 if summed else -torch.inf).double()
+    for m in range(begin, end):
+        first = n_k - n_q + m * 64
+        lanes = [part * 63 // (rows - 1) for part in range(rows)] if rows > 1 else [63]
+        probes = sorted({min(first + lane, n_k - 1) for lane in lanes})
+        masses = reference.tile_masses(q, k, probes, scale=0.3)
+        log = masses - masses.logsumexp(-1, keepdim=True)
+        shares[:, :, m - begin, : log.shape[-1]] = log.exp().sum(2) if summed else log.amax(2)
+    return shares[:, [3, 0]]
+
+
+@pytest.mark.parametrize("held", [1, 5000, 2**21])
+@pytest.mark.parametrize("summed", [False, True])
 @pytest.mark.parametrize(("n_q", "n_k"), LENGTHS)
-def test_masses_by_key_tile_are_the_oracles(n_q: int, n_k: int) -> None:
+def test_shares_by_key_tile_are_the_oracles(
+    n_q: int, n_k: int, summed: bool, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all query tiles and of those in the middle, also where few logits are held at once."""
+    monkeypatch.setattr(cpu, "_LOGITS", held)
     q, k = inputs(n_q, n_k)
-    first = n_k - n_q
-    middle = first + n_q // 2
-    # A repeated row, as a short last tile gives; and rows that end before the last tile.
-    for rows in ([first, middle, n_k - 1, n_k - 1], [first, middle]):
-        got = cpu.tile_masses(q, k, heads_of(3, 0), rows, scale=0.3)
-        want = reference.tile_masses(q, k, rows, scale=0.3)[:, [3, 0]]
+    tiles = -(-n_q // 64)
+    for rows, begin, end in ((1, 0, tiles), (5, tiles // 3, tiles // 3 + 1), (64, 0, tiles)):
+        got = cpu.tile_shares(q, k, heads_of(3, 0), rows, begin, end, scale=0.3, summed=summed)
+        want = exact_shares(q, k, rows, begin, end, summed)
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
@@ -62,7 +81,7 @@ def test_a_key_that_one_probing_row_wants_is_kept_though_the_mean_of_the_tile_do
     q, k = torch.zeros(1, 1, 1024, 64), torch.zeros(1, 1, 1024, 64)
     k[..., 200, 0], q[..., 960 + 21, 0] = 8.0, 8.0
     heads = heads_of(0)
-    index = probed_index(q, k, heads, [1], 4, scale=1.0, tile_masses=cpu.tile_masses)
+    index = probed_index(q, k, heads, [1], 4, scale=1.0, tile_shares=cpu.tile_shares)
     assert index.mask(1024, 1024)[0, 0, 960 + 21, 200]
     assert not index.mask(1024, 1024)[0, 0, 896:960, 200].any()
 
@@ -73,7 +92,7 @@ def test_a_flat_row_with_large_logits_does_not_outbid_a_sharp_one() -> None:
     k[..., 0] = 1.0
     k[..., 100, 1] = 1.0
     q[..., 448 + 63, 0], q[..., 448, 1] = 50.0, 20.0
-    index = probed_index(q, k, heads_of(0), [1], 2, scale=1.0, tile_masses=cpu.tile_masses)
+    index = probed_index(q, k, heads_of(0), [1], 2, scale=1.0, tile_shares=cpu.tile_shares)
     assert index.blocks[0, 0, index.starts[0, 0, 7] : index.starts[0, 0, 8]].tolist() == [0, 1, 7]
 
 
@@ -95,14 +114,16 @@ def test_choosing_by_probes_never_asks_the_device_for_a_value_and_stays_in_memor
     """On the meta device a host sync would raise; 131072 tokens of 32 heads score in slabs."""
     asked: list[int] = []
 
-    def no_values(q: Tensor, k: Tensor, heads: Tensor, rows: list[int], *, scale: float) -> Tensor:
-        shape = (1, len(heads), len(rows), rows[-1] // 64 + 1)
-        asked.append(4 * shape[1] * shape[2] * shape[3])
+    def no_values(
+        q: Tensor, k: Tensor, heads: Tensor, rows: int, begin: int, end: int, *, scale: float
+    ) -> Tensor:
+        shape = (1, len(heads), end - begin, end)
+        asked.append(4 * rows * shape[1] * shape[2] * shape[3])
         return torch.zeros(shape, device="meta")
 
     q = torch.zeros(1, 32, 2**17, 128, device="meta")
     heads = to_device(range(32), q.device)
-    index = probed_index(q, q[:, :8], heads, [8] * 32, 4, scale=1.0, tile_masses=no_values)
+    index = probed_index(q, q[:, :8], heads, [8] * 32, 4, scale=1.0, tile_shares=no_values)
     assert index.starts.shape == (1, 32, 2**11 + 1)
     assert max(asked) <= 128 * 2**20
 
@@ -122,14 +143,17 @@ def test_a_setting_that_cannot_probe_is_named_with_its_value(change: Any, messag
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("rows", "begin", "end", "message"),
     [
-        ([], "rows must name at least one position, got none"),
-        ([69, 68], "rows must not descend"),
-        ([4, 69], "rows must be positions of queries, 5 to 69, got 4 to 69"),
-        ([5, 70], "rows must be positions of queries, 5 to 69, got 5 to 70"),
+        (0, 0, 2, "rows must be between 1 and 64, got 0"),
+        (65, 0, 2, "rows must be between 1 and 64, got 65"),
+        (4, 0, 3, "query tiles must be some of 0 to 2, got 0 to 3"),
+        (4, 1, 1, "query tiles must be some of 0 to 2, got 1 to 1"),
+        (4, -1, 1, "query tiles must be some of 0 to 2, got -1 to 1"),
     ],
 )
-def test_rows_that_cannot_probe_are_refused(rows: list[int], message: str) -> None:
+def test_query_tiles_that_cannot_probe_are_refused(
+    rows: int, begin: int, end: int, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        cpu.tile_masses(*inputs(65, 70), heads_of(0), rows, scale=1.0)
+        cpu.tile_shares(*inputs(65, 70), heads_of(0), rows, begin, end, scale=1.0)

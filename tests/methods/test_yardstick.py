@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minference_green.errors import UsageError
-from minference_green.kernels import reference
+from minference_green.kernels import cpu, reference
 from minference_green.kernels.index import TILE, causal_pairs
 from minference_green.methods import yardstick as module
 from minference_green.methods.patterns import AShape, VerticalSlash
@@ -16,6 +16,7 @@ from minference_green.methods.yardstick import (
     YARDSTICKS,
     best_keys,
     best_tiles,
+    drawn,
     keys_per_row,
     left_tiles,
     tile_mass,
@@ -52,7 +53,7 @@ def test_tile_mass_is_the_softmax_summed_by_tiles(
     monkeypatch.setattr(module, "_SCORES", held)
     q, k, _ = inputs(n)
     exact = weights(q, k)[0, 3]
-    mass = tile_mass(q[0, 3], k[0, 1], scale=SCALE)
+    mass = tile_mass(q, k, 3, scale=SCALE, tile_shares=cpu.tile_shares)
     for m, t in itertools.product(range(len(mass)), repeat=2):
         want = exact[m * TILE : (m + 1) * TILE, t * TILE : (t + 1) * TILE].sum()
         assert mass[m, t].item() == pytest.approx(float(want), abs=1e-4)
@@ -79,7 +80,7 @@ def test_a_choice_of_tiles_has_the_density_within_a_tile(n: int, density: float)
 
 def test_every_query_tile_keeps_equally_many_and_no_others_would_hold_more() -> None:
     q, k, _ = inputs(640)
-    mass = tile_mass(q[0, 0], k[0, 0], scale=SCALE)
+    mass = tile_mass(q, k, 0, scale=SCALE, tile_shares=cpu.tile_shares)
     kept = best_tiles(mass, 640, 0.65)
     left, over = left_tiles(640, 0.65)
     counts = kept.tril(-1).sum(1)
@@ -156,6 +157,21 @@ def test_chance_is_the_same_for_one_seed_and_differs_by_seed_layer_head_and_prom
     assert torch.equal(first, listed())
     for other in (listed(layer=1), listed(seed=1), first.roll(1, 0), first.roll(1, 1)):
         assert not torch.equal(first, other)
+
+
+def test_what_is_drawn_is_uniform_and_without_ties_of_neighbours() -> None:
+    """Mean, variance and the correlation of neighbours, at five standard errors."""
+    tiles = 512
+    x = drawn(tiles, (0, 1, 0, 3), torch.device("cpu")).double()
+    assert 0 <= float(x.min()) < float(x.max()) < 1
+    n = tiles * tiles
+    assert abs(float(x.mean()) - 0.5) < 5 * (1 / 12 / n) ** 0.5
+    assert abs(float(x.var()) - 1 / 12) < 5 * (1 / 180 / n) ** 0.5
+    pairs = [(x[1:], x[:-1]), (x[:, 1:], x[:, :-1])]
+    pairs.append((x, drawn(tiles, (1, 1, 0, 3), torch.device("cpu")).double()))
+    for one, other in pairs:
+        together = torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]
+        assert abs(float(together)) < 5 / one.numel() ** 0.5
 
 
 @pytest.mark.parametrize("n", [1, 7, 64, 111, 200])
