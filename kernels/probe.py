@@ -24,8 +24,8 @@ _HELD = 2048
 """Log-sum-exps that a program of the second kernel holds at once."""
 
 # A kernel is compiled once, not again for lengths that happen to divide by 16.
-MASS_LENGTHS = ("n_q", "n_k", "n_rows", "n_tiles", "first_row", "group")
-SHARE_LENGTHS = ("n_k", "n_rows", "n_tiles", "first_row")
+MASS_LENGTHS = ("masses_tile", "n_q", "n_k", "n_rows", "n_tiles", "first_row", "group")
+SHARE_LENGTHS = ("masses_tile", "n_k", "n_tiles", "first_row")
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _tile_mass_kernel(
     q_ptr, k_ptr, masses_ptr, heads_ptr,
     q_batch: tl.int64, q_head: tl.int64, q_row: tl.int64,
     k_batch: tl.int64, k_head: tl.int64, k_row: tl.int64,
-    n_q, n_k, n_rows, n_tiles, first_row, group, qk_scale,
+    masses_tile: tl.int64, n_q, n_k, n_rows, n_tiles, first_row, group, qk_scale,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
     QUERIES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def _tile_mass_kernel(
     head = tl.load(heads_ptr + h).to(tl.int64)
     q_ptr += b * q_batch + head * q_head
     k_ptr += b * k_batch + head // group * k_head
-    masses_ptr += (b * tl.num_programs(1) + h) * n_tiles * n_rows
+    masses_ptr += (b * tl.num_programs(1) + h) * n_tiles * masses_tile
     # Programs that run together share a chunk of keys: they read it from the L2 cache.
     n_groups = tl.cdiv(n_rows, QUERIES)
     first = tl.program_id(0) // n_groups * CHUNK
@@ -85,17 +85,17 @@ def _tile_mass_kernel(
     for t in range(first, plain_end):
         k = load_tile(k_ptr, k_row, t * TILE, n_k, HEAD_DIM, TILE, DIM, False)
         mass = tile_mass(q, k, qk_scale, None, False)
-        tl.store(masses_ptr + t.to(tl.int64) * n_rows + number, mass)
+        tl.store(masses_ptr + t * masses_tile + number, mass)
     for t in tl.range(plain_end, end, num_stages=1):
         k = load_tile(k_ptr, k_row, t * TILE, n_k, HEAD_DIM, TILE, DIM, True)
         visible = (t * TILE + lane)[None, :] <= row[:, None]
         mass = tile_mass(q, k, qk_scale, visible, True)
-        tl.store(masses_ptr + t.to(tl.int64) * n_rows + number, mass)
+        tl.store(masses_ptr + t * masses_tile + number, mass)
 
 
 @triton.jit(do_not_specialize=SHARE_LENGTHS)
 def _share_kernel(
-    masses_ptr, shares_ptr, n_k, n_rows, n_tiles, first_row,
+    masses_ptr, shares_ptr, masses_tile: tl.int64, n_k, n_tiles, first_row,
     ROWS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     SUMMED: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +108,7 @@ def _share_kernel(
     # A short last tile repeats its last row, which counts once.
     repeats = probing_row(tl.maximum(number - 1, 0), first_row, n_k, ROWS, TILE) == n_k - 1
     counts = (part < ROWS) & ((part == 0) | ~repeats)
-    masses_ptr += listed * n_tiles * n_rows + number
+    masses_ptr += listed * n_tiles * masses_tile + number
     # A tile that its row does not see may never have been written.
     row = tl.where(counts, row, -1)
     reach = tl.max(row, 0) // TILE + 1
@@ -117,7 +117,7 @@ def _share_kernel(
     for first in range(0, reach, CHUNK):
         t = (first + tl.arange(0, CHUNK))[:, None]
         seen = t * TILE <= row[None, :]
-        mass = tl.load(masses_ptr[None, :] + t.to(tl.int64) * n_rows, seen, float("-inf"))
+        mass = tl.load(masses_ptr[None, :] + t * masses_tile, seen, float("-inf"))
         higher = tl.maximum(most, tl.max(mass, 0))
         anchor = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp2(most - anchor) + tl.sum(tl.exp2(mass - anchor[None, :]), 0)
@@ -127,7 +127,7 @@ def _share_kernel(
     for first in range(0, n_tiles, CHUNK):
         i = first + tl.arange(0, CHUNK)
         seen = i[:, None] * TILE <= row[None, :]
-        at = masses_ptr[None, :] + i[:, None].to(tl.int64) * n_rows
+        at = masses_ptr[None, :] + i[:, None] * masses_tile
         share = tl.load(at, seen, float("-inf")) - whole[None, :]
         if SUMMED:
             tl.store(shares_ptr + i, tl.sum(tl.exp2(share), 1), i < n_tiles)
@@ -137,7 +137,7 @@ def _share_kernel(
 
 def options(head_dim: int) -> dict[str, int]:
     """Warps and pipeline stages of the first kernel."""
-    return {"num_warps": 8, "num_stages": 3 if head_dim <= 128 else 2}
+    return {"num_warps": 8, "num_stages": 3 if head_dim <= 64 else 2}
 
 
 def tile_shares(
@@ -181,7 +181,8 @@ def tile_shares(
     programs = triton.cdiv(n_rows, QUERIES) * triton.cdiv(n_tiles, CHUNK_TILES)
     _tile_mass_kernel[(programs, n_heads, batch)](
         q, k, masses, heads, *q.stride()[:3], *k.stride()[:3],
-        n_q, n_k, n_rows, n_tiles, first_row, q.shape[1] // k.shape[1], scale * tile.LOG2_E,
+        masses.stride(2), n_q, n_k, n_rows, n_tiles, first_row,
+        q.shape[1] // k.shape[1], scale * tile.LOG2_E,
         HEAD_DIM=head_dim, DIM=tile.padded(head_dim), TILE=TILE, ROWS=rows,
         QUERIES=QUERIES, CHUNK=CHUNK_TILES, **options(head_dim),
     )  # fmt: skip
@@ -190,7 +191,7 @@ def tile_shares(
     )
     padded = triton.next_power_of_2(rows)
     _share_kernel[(end - begin, n_heads, batch)](
-        masses, shares, n_k, n_rows, n_tiles, first_row,
+        masses, shares, masses.stride(2), n_k, n_tiles, first_row,
         ROWS=rows, PADDED=padded, TILE=TILE, CHUNK=_HELD // padded, SUMMED=summed, num_warps=4,
     )  # fmt: skip
     return shares

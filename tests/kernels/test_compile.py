@@ -203,7 +203,7 @@ def test_choosing_blocks_does_not_spill(held, tmp_path):
     from minference_green.kernels import best_blocks
 
     options = {"num_warps": best_blocks.warps(held)}
-    constants = {"TILE": TILE, "HELD": held}
+    constants = {"TILE": TILE, "HELD": held, "CHUNK": best_blocks.CHUNK}
     got = compiled(best_blocks._best_kernel, HOPPER, tmp_path, constants, options)
     assert got.spills == []
 
