@@ -202,13 +202,13 @@ def drawn(tiles: int, key: tuple[int, ...], device: torch.device) -> Tensor:
     Each is a hash of the key and its place (splitmix64: Steele, Lea, Flood, OOPSLA 2014).
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    place = torch.arange(tiles * tiles, device=device).view(tiles, tiles)
-    x = place * _GOLDEN + int.from_bytes(digest, signed=True)
+    x = torch.arange(tiles * tiles, device=device).view(tiles, tiles)
+    x.mul_(_GOLDEN).add_(int.from_bytes(digest, signed=True))
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         # Shifted right with zeros, as of an unsigned number.
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    # 24 bits are exact in fp32.
-    return ((x ^ (x >> 31)) >> 20 & 0xFFFFFF).float() / 2**24
+        x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(factor)
+    # Of the upper bits, 24 are exact in fp32.
+    return (x >> 40).bitwise_and_(0xFFFFFF).float().mul_(2**-24)
 
 
 def best_tiles(scores: Tensor, n: int, density: float) -> Tensor:

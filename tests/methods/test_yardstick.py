@@ -1,5 +1,6 @@
 """The best and the blind choice of a given density, by brute force where that is possible."""
 
+import hashlib
 import itertools
 
 import pytest
@@ -172,6 +173,17 @@ def test_what_is_drawn_is_uniform_and_without_ties_of_neighbours() -> None:
     for one, other in pairs:
         together = torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]
         assert abs(float(together)) < 5 / one.numel() ** 0.5
+
+
+def test_what_is_drawn_is_splitmix64_of_the_key_and_the_place() -> None:
+    """In whole numbers without a sign, as it was published: no device may differ by rounding."""
+    x = drawn(3, (7, 0, 1, 2), torch.device("cpu"))
+    key = int.from_bytes(hashlib.blake2b(b"(7, 0, 1, 2)", digest_size=8).digest())
+    for place, got in enumerate(x.flatten().tolist()):
+        z = (key + place * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        assert got == ((z ^ (z >> 31)) >> 40) / 2**24
 
 
 @pytest.mark.parametrize("n", [1, 7, 64, 111, 200])
