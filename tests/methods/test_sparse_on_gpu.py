@@ -75,7 +75,7 @@ def test_a_yardstick_computes_what_it_computes_on_the_cpu(name: str) -> None:
     on_gpu = method.profile(q.cuda(), k.cuda(), v.cuda(), scale=0.125, layer=0)
     (ours,), (theirs,) = on_gpu.indices, on_cpu.indices
     different = ours.mask(1500, 1500).cpu() != theirs.mask(1500, 1500)
-    # Chance is drawn on the CPU; equal masses may fall either way by rounding.
+    # Chance is a hash in whole numbers; equal masses may fall either way by rounding.
     assert different.double().mean() <= (0 if name == "random" else 1e-2)
     if not different.any():
         assert (on_gpu.out.cpu().float() - on_cpu.out).norm() < 2e-3 * on_cpu.out.norm()
