@@ -44,7 +44,7 @@ from minference_green.kernels.cut import cut_tiles
 from minference_green.kernels.estimate import row_scores
 from minference_green.kernels.index import TILE, BandIndex, causal_pairs
 from minference_green.kernels.selection import FORCED_COLUMNS, band_index
-from minference_green.kernels.top import top_positions
+from minference_green.kernels.top import chosen_bands
 from minference_green.kernels.vertical_slash import band_attention
 
 BUDGETS = ((1000, 6096), (30, 800), (3500, 100))
@@ -451,7 +451,7 @@ def sparse_rows(
     steps: dict[str, Work] = {
         "estimate": lambda: row_scores(q, k, heads, last, scale=case.scale),
         "index": lambda: band_index(
-            *scores, heads, *sizes, cut_tiles=cut_tiles, choose=top_positions
+            *scores, heads, *sizes, cut_tiles=cut_tiles, choose=chosen_bands
         ),
     }
     for name, (median, spread) in milliseconds(steps, options.repeats).items():

@@ -45,6 +45,16 @@ def top_positions(scores: Tensor, counts: Sequence[int], forced: int) -> Tensor:
     return _positions(_largest(keys, counts)).sort(-1).values
 
 
+def chosen_bands(
+    columns: Tensor, slashes: Tensor, verticals: Sequence[int], offsets: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """:func:`top_positions` of each head's columns and slashes, MInference's forced ones first."""
+    return (
+        top_positions(columns, verticals, FORCED_COLUMNS),
+        top_positions(slashes, offsets, FORCED_OFFSETS),
+    )
+
+
 def band_index(
     columns: Tensor,
     slashes: Tensor,
@@ -53,7 +63,7 @@ def band_index(
     slash_sizes: Sequence[int],
     *,
     cut_tiles: Callable[[Tensor], Tensor],
-    choose: Callable[[Tensor, Sequence[int], int], Tensor] = top_positions,
+    choose: Callable[..., tuple[Tensor, Tensor]] = chosen_bands,
 ) -> BandIndex:
     """MInference's vertical-slash choice: each head's best columns and best slashes.
 
@@ -62,15 +72,16 @@ def band_index(
 
     Shapes: ``columns`` and ``slashes [B, H, N]`` fp32, ``heads [H]`` int32 query heads, one
     size per head. ``cut_tiles`` turns ascending slashes into tile starts on their device, and
-    ``choose`` is the device's fastest :func:`top_positions`.
+    ``choose`` is the device's :func:`chosen_bands`.
     Raises ``ValueError`` if sizes and heads differ in number.
     """
     verticals = [max(size, FORCED_COLUMNS) for size in vertical_sizes]
     offsets = [max(size, LEAST_OFFSETS) for size in slash_sizes]
+    best_columns, best_offsets = choose(columns, slashes, verticals, offsets)
     return BandIndex(
         heads=heads,
-        tile_starts=cut_tiles(choose(slashes, offsets, FORCED_OFFSETS)),
-        columns=choose(columns, verticals, FORCED_COLUMNS),
+        tile_starts=cut_tiles(best_offsets),
+        columns=best_columns,
         n_k=columns.shape[2],
     )
 

@@ -23,7 +23,7 @@ class Kernels:
     block_means: Callable[[Tensor], Tensor]
     tile_shares: Callable[..., Tensor]
     best_blocks: Callable[[Tensor, Sequence[int], int, int], Tensor]
-    top_positions: Callable[[Tensor, Sequence[int], int], Tensor]
+    chosen_bands: Callable[..., tuple[Tensor, Tensor]]
     cut_tiles: Callable[[Tensor], Tensor]
     band_attention: Callable[..., Any]
     block_attention: Callable[..., Any]
@@ -41,7 +41,7 @@ def kernels_for(device: torch.device) -> Kernels:
                 block_means=cpu.block_means,
                 tile_shares=cpu.tile_shares,
                 best_blocks=selection.best_blocks,
-                top_positions=selection.top_positions,
+                chosen_bands=selection.chosen_bands,
                 cut_tiles=cpu.cut_tiles,
                 band_attention=cpu.band_attention,
                 block_attention=cpu.block_attention,
@@ -73,7 +73,7 @@ def _triton_kernels() -> Kernels:
         block_means=estimate.block_means,
         tile_shares=probe.tile_shares,
         best_blocks=best_blocks.best_blocks,
-        top_positions=top.top_positions,
+        chosen_bands=top.chosen_bands,
         cut_tiles=cut.cut_tiles,
         band_attention=vertical_slash.band_attention,
         block_attention=block_sparse.block_attention,

@@ -218,7 +218,7 @@ class _Layer:
                 [p.vertical_size for p in patterns],
                 [p.slash_size for p in patterns],
                 cut_tiles=self.kernels.cut_tiles,
-                choose=self.kernels.top_positions,
+                choose=self.kernels.chosen_bands,
             )
             for columns, slashes in scores.masses
         ]
