@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minference_green.kernels import reference
+from minference_green.kernels import estimate, reference
 from minference_green.kernels.estimate import UNITS, block_means, row_scores
 
 SIZES = (1, 7, 63, 64, 65, 111, 300, 1000)
@@ -44,9 +44,9 @@ def test_masses_of_awkward_lengths_match_the_oracle(n, choose, dtype, make_promp
 
 
 @pytest.mark.parametrize("rows", [1, 13, 63, 64])
-@pytest.mark.parametrize(("n_q", "n_k"), [(10, 200), (150, 150), (65, 1100)])
+@pytest.mark.parametrize(("n_q", "n_k"), [(10, 200), (150, 150), (65, 2300)])
 def test_masses_of_any_number_of_last_rows_match_the_oracle(rows, n_q, n_k, dtype, make_prompt):
-    """1100 keys are more than one program's share."""
+    """2300 keys are more than one program's share."""
     prompt = make_prompt(n_q, n_k, dtype=dtype, offsets=[n_k // 2])
     heads = torch.tensor([1], dtype=torch.int32, device=prompt.q.device)
     listed = last(n_k, min(rows, n_q))
@@ -66,6 +66,38 @@ def test_masses_of_any_list_of_rows_match_the_oracle(n_q, n_k, rows, dtype, make
     heads = both_heads(prompt)
     scores = row_scores(prompt.q, prompt.k, heads, rows, scale=prompt.scale)
     assert_masses(prompt, heads, rows, scores)
+
+
+# 1 and 3: programs shorter than what they compute again; 1300 keys: more partial sums than are
+# loaded at once.
+@pytest.mark.parametrize("least", [1, 3])
+@pytest.mark.parametrize("choose", [last, spread])
+def test_masses_do_not_depend_on_how_many_programs_share_the_keys(
+    least, choose, dtype, make_prompt, monkeypatch
+):
+    prompt = make_prompt(1300, dtype=dtype, heads=3, columns=[700], offsets=[64, 900])
+    heads = torch.tensor([0, 1, 2], dtype=torch.int32, device=prompt.q.device)
+    rows = choose(1300)
+    monkeypatch.setattr(estimate, "LEAST_TILES", least)
+    scores = row_scores(prompt.q, prompt.k, heads, rows, scale=prompt.scale)
+    assert_masses(prompt, heads, rows, scores)
+
+
+@pytest.mark.parametrize("choose", [last, spread])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1), (6, 2)])
+def test_heads_beside_each_other_need_not_share_their_keys(
+    heads, kv_heads, choose, dtype, make_prompt
+):
+    """In any order and any number, also where every head has keys of its own."""
+    prompt = make_prompt(400, dtype=dtype, heads=heads, kv_heads=kv_heads, columns=[9])
+    whole = torch.arange(heads, dtype=torch.int32, device=prompt.q.device)
+    want = row_scores(prompt.q, prompt.k, whole, choose(400), scale=prompt.scale)
+    for listed in ([3], [3, 0], [0, 3, 1], [2, 1, 3, 0]):
+        some = torch.tensor(listed, dtype=torch.int32, device=prompt.q.device)
+        got = row_scores(prompt.q, prompt.k, some, choose(400), scale=prompt.scale)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b[:, listed])
+    assert_masses(prompt, whole, choose(400), want)
 
 
 @pytest.mark.parametrize("choose", [last, spread])
