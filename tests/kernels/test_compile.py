@@ -51,6 +51,7 @@ def signature(kernel: Any, constants: dict[str, Any], descriptor: str) -> dict[s
     """Argument types by name, as the launchers pass them in bfloat16."""
     int32 = {"heads", "starts", "columns", "bits", "n_full", "n_left", "blocks", "lists", "rows"}
     int32 |= {"shared", "first", "second", "first_left", "second_left", "offsets", "counts"}
+    int32 |= {"histogram", "known", "totals", "best_columns", "best_slashes"}
     float32 = {"lse", "partial", "mean", "masses", "shares", "scores", "slashes"}
     types = {}
     for parameter in kernel.params:
@@ -249,6 +250,26 @@ def test_small_kernels_do_not_spill(tmp_path):
     for kernel, constants, num_warps in cases:
         got = compiled(kernel, HOPPER, tmp_path, constants, {"num_warps": num_warps})
         assert got.spills == [], kernel
+
+
+def test_the_choice_of_columns_and_slashes_does_not_spill(tmp_path):
+    from minference_green.kernels import top
+
+    passes, before, first_bin, shift = len(top.DIGIT_BITS), 0, 0, 32
+    chunk = {"CHUNK": top.CHUNK}
+    cases = [(top._write_kernel, {"PASSES": passes, "TOTALS": 256, **chunk})]
+    for number, bits in enumerate(top.DIGIT_BITS):
+        shift -= bits
+        digit = {"PASS": number, "BITS": bits, "BEFORE": before, "SHIFT": shift}
+        places = {"FIRST_BIN": first_bin, "BINS": top.BINS, **chunk}
+        cases.append((top._histogram_kernel, {**digit, **places}))
+        before, first_bin = bits, first_bin + (1 << bits)
+    counted = {"PASSES": passes, "BEFORE": before, "BINS": top.BINS, **chunk}
+    cases.append((top._count_kernel, counted))
+    for kernel, constants in cases:
+        got = compiled(kernel, HOPPER, tmp_path, constants, {"num_warps": 4})
+        assert got.spills == [], (kernel, constants)
+        assert got.resident(HOPPER) >= 4, (kernel, constants)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
