@@ -13,9 +13,10 @@ the second T - 64. Where T has a run of adjacent tiles they differ by one tile::
 two diagonals, shared tiles, gathered columns, then private tiles in turn. A producer warp copies
 key tiles into a ring in shared memory, two groups of four warps consume them, one per query
 tile. Programs stay resident and take pair after pair, so that the next pair's copies run while
-this one's output is written. A ring slot is free after two arrivals, one from each group or both
-from a private tile's owner. Within a group the logits of a tile are computed beside the
-weighted values of the tile before; its softmax then hides under those.
+this one's output is written. With long walks they would drift apart and neighbours no longer meet
+in the L2 cache, so there each pair is a program. A ring slot is free after two arrivals, one from
+each group or both from a private tile's owner. Within a group the logits of a tile are computed
+beside the weighted values of the tile before; its softmax then hides under those.
 """
 
 import torch
@@ -43,6 +44,9 @@ RING = 6
 
 REGISTERS = 168
 """At the start, for all twelve warps; the consumers then take those the producer gives up."""
+
+LONG_WALK = 2048
+"""Band tiles that a query tile may have from which every pair gets a program of its own."""
 
 # The copy has another name after Triton 3.6.
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -518,8 +522,11 @@ def attend_pairs(
         count_below(columns, r0 + TILE, 2 * TILE, n_pairs),
     )
     n_work = n_pairs * n_heads * batch
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    _pair_kernel[(min(n_work, processors),)](
+    n_programs = n_work
+    if min(tile_starts.shape[2], n_k // TILE) < LONG_WALK:
+        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+        n_programs = min(n_work, processors)
+    _pair_kernel[(n_programs,)](
         *(_describe(x) for x in (q, k, v, column_k, column_v)), out, lse,
         heads, tile_starts, lists, *counts, columns, bits, *out.stride()[:3],
         n_q, n_k, tile_starts.shape[2], lists.stride(0), columns.shape[2], bits.shape[2],

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minference_green.kernels import reference
-from minference_green.kernels.band_pair import split_starts
-from minference_green.kernels.index import NONE
+from minference_green.kernels.band_pair import LONG_WALK, split_starts
+from minference_green.kernels.index import NONE, TILE
 from minference_green.kernels.vertical_slash import _band_bits, band_attention
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -106,6 +106,23 @@ def test_a_program_that_takes_many_pairs_keeps_its_ring_in_step(
     columns = [[rng.sample(range(2500), 30 * (12 - h)) for h in range(12)]]
     index = band_index(offsets, columns, 2500)
     assert_attends(prompt, index, *run(prompt, index))
+
+
+@needs_hopper
+def test_a_program_for_every_pair_computes_what_resident_ones_do(dtype, make_prompt, band_index):
+    """Room for long walks alone changes how pairs are handed out, not what is in them."""
+    n_k = LONG_WALK * TILE + 33
+    prompt = make_prompt(1500, n_k, dtype=dtype, heads=12, kv_heads=4)
+    rng = random.Random(6)
+    offsets = [[rng.sample(range(n_k), 20 * h) for h in range(12)]]
+    columns = [[rng.sample(range(n_k), 30 * (12 - h)) for h in range(12)]]
+    index = band_index(offsets, columns, n_k)
+    room = LONG_WALK - index.tile_starts.shape[2]
+    wide = torch.nn.functional.pad(index.tile_starts, (0, room), value=NONE)
+    for got, want in zip(
+        run(prompt, dataclasses.replace(index, tile_starts=wide)), run(prompt, index), strict=True
+    ):
+        assert torch.equal(got, want)
 
 
 @needs_hopper
