@@ -27,8 +27,10 @@ import math
 import random
 import statistics
 import sys
+import threading
 import time
 import types
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -180,6 +182,8 @@ def joules_and_watts(work: Work, once_ms: float) -> tuple[float, float]:
     pynvml.nvmlInit()
     uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
     gpu = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    edges: list[tuple[float, float]] = []
+    seen = threading.Event()
 
     def edge() -> tuple[float, float]:
         first = now = pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
@@ -187,22 +191,32 @@ def joules_and_watts(work: Work, once_ms: float) -> tuple[float, float]:
             now = pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
         return now / 1000, time.monotonic()
 
-    # The device stays busy before the first edge and behind the last.
-    count = math.ceil((JOULE_SECONDS + 1.0) * 1000 / once_ms)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    def watch() -> None:
+        time.sleep(0.3)
+        edges.append(edge())
+        time.sleep(JOULE_SECONDS)
+        edges.append(edge())
+        seen.set()
+
+    # The device has calls waiting until the last edge is seen, some 50 ms of them.
+    ahead = deque[torch.cuda.Event](maxlen=max(2, math.ceil(50 / once_ms)))
+    begin = torch.cuda.Event(enable_timing=True)
     begin.record()
-    for _ in range(count):
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    count = 0
+    while not seen.is_set():
+        if len(ahead) == ahead.maxlen:
+            ahead[0].synchronize()
         work()
-    end.record()
-    time.sleep(0.3)
-    joules_0, seconds_0 = edge()
-    time.sleep(JOULE_SECONDS)
-    joules_1, seconds_1 = edge()
-    if end.query():
-        raise CannotRunError("the device was idle before the energy window ended")
-    end.synchronize()
+        count += 1
+        ahead.append(torch.cuda.Event(enable_timing=True))
+        ahead[-1].record()
+    watcher.join()
+    ahead[-1].synchronize()
+    (joules_0, seconds_0), (joules_1, seconds_1) = edges
     watts = (joules_1 - joules_0) / (seconds_1 - seconds_0)
-    return watts * begin.elapsed_time(end) / 1000 / count, watts
+    return watts * begin.elapsed_time(ahead[-1]) / 1000 / count, watts
 
 
 def sampled_error(
