@@ -1,18 +1,19 @@
 """The best key tiles of each query tile: one program a row of scores, held in registers.
 
 The least score that is chosen is found bit by bit from the top, comparing and counting. Then
-everything above it is written in ascending order, ties by smaller position: no sort.
+everything above it is written in ascending order, ties by smaller position: no sort. A second
+kernel moves the lists of all query tiles together, once their lengths are summed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from minference_green.kernels.index import NONE, TILE
-from minference_green.kernels.selection import ALWAYS, check_blocks, to_device
+from minference_green.kernels.index import NONE, TILE, BlockIndex
+from minference_green.kernels.selection import check_blocks, check_slab, listed_sizes, to_device
 from minference_green.kernels.top import load_keys
 
 LEAST_HELD = 1024
@@ -21,14 +22,19 @@ LEAST_HELD = 1024
 CHUNK = 1024
 """Scores of one step of writing."""
 
-SIZES = ("n_k", "n_blocks", "first_row", "width")
+SIZES = ("n_k", "n_blocks", "first_row", "begin", "n_tiles", "width")
+PACK_SIZES = ("n_tiles", "width")
+
+_NONE: tl.constexpr = tl.constexpr(NONE)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _best_kernel(
-    scores_ptr, counts_ptr, lists_ptr, n_k, n_blocks, first_row, width,
+    scores_ptr, counts_ptr, lists_ptr, lengths_ptr,
+    n_k, n_blocks, first_row, begin, n_tiles, width,
     TILE: tl.constexpr, HELD: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """One query tile of those from ``begin``: its list, and how long it is behind that."""
     m = tl.program_id(0)
     h = tl.program_id(1)
     listed = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + h
@@ -47,20 +53,40 @@ def _best_kernel(
         least = tl.where(enough, least | bit, least)
         bit = bit >> 1
     n_ties = count - tl.sum((key > least).to(tl.int32), 0)
+    lists_ptr += (listed * n_tiles + begin + m) * width
     # Read again: what is held above leaves no registers for two sums along the row.
     written = 0
     earlier_ties = 0
-    for begin in range(0, last + 1, CHUNK):
-        place = begin + tl.arange(0, CHUNK)
+    for chunk in range(0, last + 1, CHUNK):
+        place = chunk + tl.arange(0, CHUNK)
         again = load_keys(scores_ptr, row, place, n_blocks, 0)
         tied = (again == least) & (place <= last)
         within = earlier_ties + tl.cumsum(tied.to(tl.int32), 0) <= n_ties
         chosen = ((again > least) & (place <= last)) | (tied & within)
         chosen = chosen | (place == 0) | (place == first) | (place == last)
         slot = written + tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(lists_ptr + row * width + slot, place, chosen)
+        tl.store(lists_ptr + slot, place, chosen)
         earlier_ties += tl.sum(tied.to(tl.int32), 0)
         written += tl.sum(chosen.to(tl.int32), 0)
+    tl.store(lengths_ptr + listed * (n_tiles + 1) + begin + m + 1, written)
+
+
+@triton.jit(do_not_specialize=PACK_SIZES)
+def _pack_kernel(lists_ptr, starts_ptr, blocks_ptr, n_tiles, width, CHUNK: tl.constexpr):
+    """The used part of each list behind that of the list before; ``NONE`` behind the last."""
+    listed = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    place = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+    m = place // width
+    inside = m < n_tiles
+    starts_ptr += listed * (n_tiles + 1)
+    start = tl.load(starts_ptr + m, inside, 0)
+    slot = start + place - m * width
+    used = slot < tl.load(starts_ptr + m + 1, inside, 0)
+    lists_ptr += listed * n_tiles * width
+    blocks_ptr += listed * n_tiles * width
+    tl.store(blocks_ptr + slot, tl.load(lists_ptr + place, used, 0), used)
+    beyond = inside & (place >= tl.load(starts_ptr + n_tiles))
+    tl.store(blocks_ptr + place, tl.full([CHUNK], _NONE, tl.int32), beyond)
 
 
 def warps(held: int) -> int:
@@ -68,26 +94,44 @@ def warps(held: int) -> int:
     return min(max(held // 512, 4), 32)
 
 
-def best_blocks(scores: Tensor, top_ks: Sequence[int], first_row: int, n_k: int) -> Tensor:
-    """Key tiles of consecutive query tiles by score, as ascending lists.
+def listed_index(
+    scores: Callable[[int, int], Tensor],
+    slab: int,
+    batch: int,
+    heads: Tensor,
+    top_ks: Sequence[int],
+    n_q: int,
+    n_k: int,
+) -> BlockIndex:
+    """The index of the best key tiles of all query tiles, ``slab`` of them scored at a time.
 
-    As :func:`minference_green.kernels.selection.best_blocks`, to the bit: equal scores go to
-    the smaller position. Shapes: ``scores [B, H, M, T]`` fp32 contiguous, one ``top_k`` per
-    head; returns int32 ``[B, H, M, min(max(top_ks) + 3, T)]``, padded with ``NONE``. Does not
-    wait for the device. Raises ``ValueError`` on another dtype, layout, number of sizes or
-    number of key tiles.
+    As :func:`minference_green.kernels.selection.listed_index`, to the bit: equal scores go to
+    the smaller position. ``scores(begin, end)`` is fp32 contiguous ``[B, H, end - begin, T]``.
+    Two launches more than a launch for every slab, and none waits for the device. Raises
+    ``ValueError`` on another dtype or layout, or numbers of prompts, heads or tiles that differ.
     """
-    check_blocks(scores, top_ks, first_row, n_k)
-    if not scores.is_contiguous():
-        raise ValueError(f"scores must be contiguous, got strides {scores.stride()}")
-    batch, n_heads, n_tiles, n_blocks = scores.shape
-    width = min(max(top_ks) + ALWAYS, n_blocks)
-    lists = torch.full(
-        (batch, n_heads, n_tiles, width), NONE, dtype=torch.int32, device=scores.device
+    n_tiles, width = listed_sizes(top_ks, n_q, n_k)
+    n_heads, device = len(heads), heads.device
+    counts = to_device(top_ks, device)
+    lists = torch.empty((batch, n_heads, n_tiles, width), dtype=torch.int32, device=device)
+    # The first stays 0: summed up, lengths are starts.
+    lengths = torch.zeros((batch, n_heads, n_tiles + 1), dtype=torch.int32, device=device)
+    for begin in range(0, n_tiles, slab):
+        end, first_row = min(begin + slab, n_tiles), n_k - n_q + begin * TILE
+        some = scores(begin, end)
+        check_blocks(some, top_ks, first_row, n_k)
+        check_slab(some, batch, n_heads, end - begin)
+        if not some.is_contiguous():
+            raise ValueError(f"scores must be contiguous, got strides {some.stride()}")
+        held = max(LEAST_HELD, int(triton.next_power_of_2(some.shape[3])))
+        _best_kernel[(end - begin, n_heads, batch)](
+            some, counts, lists, lengths,
+            n_k, some.shape[3], first_row, begin, n_tiles, width,
+            TILE=TILE, HELD=held, CHUNK=CHUNK, num_warps=warps(held),
+        )  # fmt: skip
+    starts = lengths.cumsum(-1, dtype=torch.int32)
+    blocks = torch.empty((batch, n_heads, n_tiles * width), dtype=torch.int32, device=device)
+    _pack_kernel[(triton.cdiv(n_tiles * width, CHUNK), n_heads, batch)](
+        lists, starts, blocks, n_tiles, width, CHUNK=CHUNK, num_warps=4
     )
-    held = max(LEAST_HELD, int(triton.next_power_of_2(n_blocks)))
-    _best_kernel[(n_tiles, n_heads, batch)](
-        scores, to_device(top_ks, scores.device), lists, n_k, n_blocks, first_row, width,
-        TILE=TILE, HELD=held, CHUNK=CHUNK, num_warps=warps(held),
-    )  # fmt: skip
-    return lists
+    return BlockIndex(heads=heads, starts=starts, blocks=blocks, n_q=n_q, n_k=n_k)

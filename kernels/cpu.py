@@ -179,9 +179,10 @@ def tile_shares(
 ) -> Tensor:
     """What the probing rows of some query tiles attend to: one number per query and key tile.
 
-    The natural logarithm of the largest share of its attention that one of
-    :func:`minference_green.kernels.selection.probing_rows` puts on the key tile, -inf where
-    none sees it; or, ``summed``, the sum of their shares, a row that is repeated counted once.
+    The natural logarithm of the largest share that one of
+    :func:`minference_green.kernels.selection.probing_rows` gives the key tile, -inf where none
+    sees it: a row shares itself out by the softmax of its largest logit in each key tile. Or,
+    ``summed``, the attention that all of them put on it, a row that is repeated counted once.
 
     Shapes: ``q [B, Hq, n_q, D]``, ``k [B, Hkv, n_k, D]``, ``heads [H]`` query heads; returns
     fp32 ``[B, H, end - begin, T]`` for the query tiles from ``begin`` to before ``end`` and all
@@ -206,7 +207,8 @@ def tile_shares(
         logits = torch.full((len(queries), -(-seen // TILE) * TILE), -torch.inf)
         torch.mm(queries, k[b, head // group, :seen].float().T, out=logits[:, :seen])
         logits[:, near:seen].masked_fill_(torch.arange(near, seen) > at.view(-1, 1), -torch.inf)
-        masses = logits.unflatten(1, (-1, TILE)).logsumexp(-1)
+        by_tile = logits.unflatten(1, (-1, TILE))
+        masses = by_tile.logsumexp(-1) if summed else by_tile.amax(-1)
         share = (masses - masses.logsumexp(-1, keepdim=True)).view(*at.shape, -1)
         if summed:
             repeated = torch.nn.functional.pad(at[:, 1:] == at[:, :-1], (1, 0))

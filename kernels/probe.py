@@ -1,7 +1,7 @@
 """What some rows of each query tile attend to, key tile by key tile.
 
-One kernel writes each probing row's log-sum-exp over every key tile it sees, a second turns
-them into shares of the row's attention and puts the rows of a query tile together.
+One kernel writes each probing row's largest logit, or its log-sum-exp, in every key tile it
+sees; a second turns them into shares and puts the rows of a query tile together.
 """
 
 import torch
@@ -14,14 +14,11 @@ from minference_green.kernels.index import TILE
 from minference_green.kernels.selection import check_probes
 from minference_green.kernels.tile import LN_2, load_tile
 
-QUERIES = 128
-"""Probing rows of one program: all of them read the same keys."""
-
 CHUNK_TILES = 64
 """Key tiles of one program: its queries are loaded once for them."""
 
 _HELD = 2048
-"""Log-sum-exps that a program of the second kernel holds at once."""
+"""Numbers that a program of the second kernel holds at once."""
 
 # A kernel is compiled once, not again for lengths that happen to divide by 16.
 MASS_LENGTHS = ("masses_tile", "n_q", "n_k", "n_rows", "n_tiles", "first_row", "group")
@@ -36,12 +33,17 @@ def probing_row(number, first_row, n_k, ROWS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def tile_mass(q, k, qk_scale, visible, MASKED: tl.constexpr):
-    """Log-sum-exp of each row's logits over one key tile, in base 2; -inf if it sees none."""
+def tile_mass(q, k, qk_scale, visible, MASKED: tl.constexpr, SUMMED: tl.constexpr):
+    """Each row's largest logit in one key tile, or log-sum-exp, in base 2; -inf if it sees none.
+
+    The largest needs no exponentials, which take longer than the product.
+    """
     logits = tl.dot(q, tl.trans(k))
     if MASKED:
         logits = tl.where(visible, logits, float("-inf"))
     most = tl.max(logits, 1) * qk_scale
+    if not SUMMED:
+        return most
     if MASKED:
         most = tl.where(most == float("-inf"), 0.0, most)
     return most + tl.log2(tl.sum(tl.exp2(logits * qk_scale - most[:, None]), 1))
@@ -54,7 +56,7 @@ def _tile_mass_kernel(
     k_batch: tl.int64, k_head: tl.int64, k_row: tl.int64,
     masses_tile: tl.int64, n_q, n_k, n_rows, n_tiles, first_row, group, qk_scale,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
-    QUERIES: tl.constexpr, CHUNK: tl.constexpr,
+    QUERIES: tl.constexpr, CHUNK: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
     """Masses of QUERIES probing rows over each key tile of one chunk that one of them sees.
 
@@ -84,12 +86,12 @@ def _tile_mass_kernel(
     plain_end = tl.maximum(first, tl.minimum(end, (tl.min(row, 0) + 1) // TILE))
     for t in range(first, plain_end):
         k = load_tile(k_ptr, k_row, t * TILE, n_k, HEAD_DIM, TILE, DIM, False)
-        mass = tile_mass(q, k, qk_scale, None, False)
+        mass = tile_mass(q, k, qk_scale, None, False, SUMMED)
         tl.store(masses_ptr + t * masses_tile + number, mass)
     for t in tl.range(plain_end, end, num_stages=1):
         k = load_tile(k_ptr, k_row, t * TILE, n_k, HEAD_DIM, TILE, DIM, True)
         visible = (t * TILE + lane)[None, :] <= row[:, None]
-        mass = tile_mass(q, k, qk_scale, visible, True)
+        mass = tile_mass(q, k, qk_scale, visible, True, SUMMED)
         tl.store(masses_ptr + t * masses_tile + number, mass)
 
 
@@ -136,8 +138,10 @@ def _share_kernel(
 
 
 def options(head_dim: int) -> dict[str, int]:
-    """Warps and pipeline stages of the first kernel."""
-    return {"num_warps": 8, "num_stages": 3 if head_dim <= 64 else 2}
+    """Probing rows of a program of the first kernel, which read the same keys; warps, stages."""
+    if head_dim <= 64:
+        return {"QUERIES": 256, "num_warps": 8, "num_stages": 3}
+    return {"QUERIES": 128, "num_warps": 8, "num_stages": 2}
 
 
 def tile_shares(
@@ -154,9 +158,10 @@ def tile_shares(
     """What the probing rows of some query tiles attend to: one number per query and key tile.
 
     Probing rows are :func:`minference_green.kernels.selection.probing_rows`. The number is the
-    natural logarithm of the largest share of its attention that one of them puts on the key
-    tile, -inf where none sees it; or, ``summed``, the sum of their shares, a row that is
-    repeated counted once. With ``rows = TILE`` that is the mass of the whole query tile.
+    natural logarithm of the largest share that one of them gives the key tile, -inf where none
+    sees it: a row shares itself out by the softmax of its largest logit in each key tile. Or,
+    ``summed``, the attention that all of them put on it, a row that is repeated counted once:
+    with ``rows = TILE`` the mass of the whole query tile.
 
     Shapes: ``q [B, Hq, n_q, D]``, ``k [B, Hkv, n_k, D]``, ``heads [H]`` int32, the query heads
     to read; queries are the last ``n_q`` positions. Returns fp32 ``[B, H, end - begin, T]`` for
@@ -178,13 +183,14 @@ def tile_shares(
     n_rows, first_row = (end - begin) * rows, n_k - n_q + begin * TILE
     n_tiles = triton.cdiv(min(n_k - n_q + end * TILE, n_k), TILE)
     masses = torch.empty((batch, n_heads, n_tiles, n_rows), dtype=torch.float32, device=q.device)
-    programs = triton.cdiv(n_rows, QUERIES) * triton.cdiv(n_tiles, CHUNK_TILES)
+    how = options(head_dim)
+    programs = triton.cdiv(n_rows, how["QUERIES"]) * triton.cdiv(n_tiles, CHUNK_TILES)
     _tile_mass_kernel[(programs, n_heads, batch)](
         q, k, masses, heads, *q.stride()[:3], *k.stride()[:3],
         masses.stride(2), n_q, n_k, n_rows, n_tiles, first_row,
         q.shape[1] // k.shape[1], scale * tile.LOG2_E,
         HEAD_DIM=head_dim, DIM=tile.padded(head_dim), TILE=TILE, ROWS=rows,
-        QUERIES=QUERIES, CHUNK=CHUNK_TILES, **options(head_dim),
+        CHUNK=CHUNK_TILES, SUMMED=summed, **how,
     )  # fmt: skip
     shares = torch.empty(
         (batch, n_heads, end - begin, n_tiles), dtype=torch.float32, device=q.device

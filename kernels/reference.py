@@ -131,18 +131,21 @@ def block_means(x: Tensor) -> Tensor:
     return torch.stack([part.double().mean(2) for part in x.split(TILE, dim=2)], dim=2)
 
 
-def tile_masses(q: Tensor, k: Tensor, rows: Sequence[int], *, scale: float) -> Tensor:
+def tile_masses(
+    q: Tensor, k: Tensor, rows: Sequence[int], *, scale: float, largest: bool = False
+) -> Tensor:
     """Log-sum-exp of each row's causal logits over every key tile the last row reaches.
 
-    Shapes: ``q [B, H, n_q, D]``, ``k [B, Hkv, n_k, D]``, ``rows`` any positions of queries;
-    returns ``[B, H, len(rows), tiles]``, -inf where a row sees no key of a tile.
+    Or, ``largest``, the largest of them. Shapes: ``q [B, H, n_q, D]``, ``k [B, Hkv, n_k, D]``,
+    ``rows`` any positions of queries; returns ``[B, H, len(rows), tiles]``, -inf where a row sees no key of a tile.
     """
     n_q, n_k = q.shape[2], k.shape[2]
     at = torch.tensor(list(rows))
     reach = int(at.max()) // TILE + 1
     logits = q[:, :, at - (n_k - n_q)].double() @ expand_kv(k, q.shape[1]).double().mT * scale
     logits = logits.masked_fill(torch.arange(n_k) > at[:, None], -torch.inf)
-    return torch.stack([x.logsumexp(-1) for x in logits.split(TILE, -1)[:reach]], -1)
+    tiles = logits.split(TILE, -1)[:reach]
+    return torch.stack([x.amax(-1) if largest else x.logsumexp(-1) for x in tiles], -1)
 
 
 def probed_lists(
@@ -150,8 +153,8 @@ def probed_lists(
 ) -> list[list[list[list[int]]]]:
     """Key tiles per (batch, head, query tile) of ``Probed``, sorted.
 
-    As :func:`block_lists`, by the largest share of its attention that a probing row puts on a
-    key tile.
+    As :func:`block_lists`, by the largest share that a probing row gives a key tile, in the
+    softmax of its largest logit in each.
     """
     n_q, n_k = q.shape[2], k.shape[2]
     lists: list[list[list[list[int]]]] = [[[] for _ in range(q.shape[1])] for _ in q]
@@ -161,7 +164,8 @@ def probed_lists(
             [TILE - 1] if rows == 1 else [part * (TILE - 1) // (rows - 1) for part in range(rows)]
         )
         probes = [min(first + lane, last) for lane in lanes]
-        scores = torch.softmax(tile_masses(q, k, probes, scale=scale), -1).amax(2)
+        largest = tile_masses(q, k, probes, scale=scale, largest=True)
+        scores = torch.softmax(largest, -1).amax(2)
         diagonal = [n for n in range(last // TILE + 1) if (n + 1) * TILE - 1 >= first]
         for b, of_prompt in enumerate(lists):
             for h, of_head in enumerate(of_prompt):

@@ -27,6 +27,9 @@ ALWAYS = 3
 _SLAB = 2**25
 """Scores of block pairs held at once: 128 MiB of them, 256 MiB of their sort keys."""
 
+_PROBED_BYTES = 288 * 2**20
+"""What probing holds at once: a number per probing row and key tile, and one for all rows."""
+
 _LOW = 2**31 - 1
 _UNREACHABLE = -(2**63)
 
@@ -158,6 +161,49 @@ def best_blocks(scores: Tensor, top_ks: Sequence[int], first_row: int, n_k: int)
     return each_once[..., : min(max(top_ks) + ALWAYS, n_blocks)].contiguous()
 
 
+def listed_index(
+    scores: Callable[[int, int], Tensor],
+    slab: int,
+    batch: int,
+    heads: Tensor,
+    top_ks: Sequence[int],
+    n_q: int,
+    n_k: int,
+) -> BlockIndex:
+    """The index of :func:`best_blocks` of all query tiles, ``slab`` of them scored at a time.
+
+    ``scores(begin, end)`` gives the scores of the query tiles from ``begin`` to before ``end``,
+    as :func:`best_blocks` takes them. There is room for a full list of every query tile; what
+    is not used is ``NONE``. Raises ``ValueError`` as :func:`best_blocks` does, and on scores of
+    another number of prompts, heads or query tiles.
+    """
+    n_tiles, width = listed_sizes(top_ks, n_q, n_k)
+    lists = []
+    for begin in range(0, n_tiles, slab):
+        end = min(begin + slab, n_tiles)
+        some = scores(begin, end)
+        check_slab(some, batch, len(heads), end - begin)
+        some = best_blocks(some, top_ks, n_k - n_q + begin * TILE, n_k)
+        lists.append(torch.nn.functional.pad(some, (0, width - some.shape[-1]), value=NONE))
+    padded = torch.cat(lists, dim=2)
+    unused = padded == NONE
+    ends = (~unused).sum(-1).cumsum(-1)
+    # Stable: what is used moves up, in order.
+    order = unused.flatten(2).int().argsort(stable=True)
+    return BlockIndex(
+        heads=heads,
+        starts=torch.nn.functional.pad(ends, (1, 0)).int(),
+        blocks=padded.flatten(2).gather(2, order),
+        n_q=n_q,
+        n_k=n_k,
+    )
+
+
+def listed_sizes(top_ks: Sequence[int], n_q: int, n_k: int) -> tuple[int, int]:
+    """Number of query tiles, and of key tiles that the longest of their lists can have."""
+    return -(-n_q // TILE), min(max(top_ks) + ALWAYS, -(-n_k // TILE))
+
+
 def block_index(
     q_means: Tensor,
     k_means: Tensor,
@@ -167,7 +213,7 @@ def block_index(
     scale: float,
     n_q: int,
     n_k: int,
-    choose: Callable[[Tensor, Sequence[int], int, int], Tensor] = best_blocks,
+    build: Callable[..., BlockIndex] = listed_index,
 ) -> BlockIndex:
     """MInference's block-sparse choice: the best key tiles of each query tile by pooled score.
 
@@ -177,8 +223,7 @@ def block_index(
 
     Shapes: ``q_means [B, H, ceil(n_q / TILE), D]`` and ``k_means [B, H, ceil(n_k / TILE), D]``
     fp32, KV heads repeated for their query heads; ``heads [H]`` int32, one ``top_k`` per head.
-    ``choose`` is the device's fastest :func:`best_blocks`.
-    Memory beyond the index is bounded whatever the length. Raises ``ValueError`` if shapes,
+    ``build`` is the device's :func:`listed_index`. Raises ``ValueError`` if shapes,
     lengths or numbers of heads disagree.
     """
     batch, n_heads, n_tiles, _ = q_means.shape
@@ -190,12 +235,11 @@ def block_index(
             f"n_q = {n_q}, n_k = {n_k} at {TILE} tokens a tile"
         )
 
-    def chosen(begin: int, end: int) -> Tensor:
-        scores = q_means[:, :, begin:end] @ k_means.transpose(-1, -2) * scale
-        return choose(scores, top_ks, n_k - n_q + begin * TILE, n_k)
+    def scores(begin: int, end: int) -> Tensor:
+        return q_means[:, :, begin:end] @ k_means.transpose(-1, -2) * scale
 
     slab = max(1, _SLAB // (batch * n_heads * n_blocks))
-    return _listed_index(chosen, slab, batch, heads, top_ks, n_q, n_k)
+    return build(scores, slab, batch, heads, top_ks, n_q, n_k)
 
 
 def probed_index(
@@ -207,66 +251,34 @@ def probed_index(
     *,
     scale: float,
     tile_shares: Callable[..., Tensor],
-    choose: Callable[[Tensor, Sequence[int], int, int], Tensor] = best_blocks,
+    build: Callable[..., BlockIndex] = listed_index,
 ) -> BlockIndex:
     """The best key tiles of each query tile by the attention of some of its rows.
 
-    A key tile scores the largest share of its attention that any of the ``rows`` probing rows
-    of :func:`probing_rows` puts on it: shares, because rows compare by them whatever the size
-    of their logits. Of each query tile the ``top_k`` key tiles of largest score, tile 0, and
+    A key tile scores the largest share that any of the ``rows`` probing rows of
+    :func:`probing_rows` gives it: shares, because rows compare by them whatever the size of
+    their logits. Of each query tile the ``top_k`` key tiles of largest score, tile 0, and
     every tile that reaches past its first row.
 
     Shapes: ``q [B, Hq, n_q, D]``, ``k [B, Hkv, n_k, D]``, ``heads [H]`` int32 query heads, one
-    ``top_k`` per head. ``tile_shares`` is the device's kernel of that name, ``choose`` its
-    fastest :func:`best_blocks`. Memory beyond the index is bounded whatever the length, unless
-    one query tile alone needs more. Nothing waits for the device. Raises ``ValueError`` if
-    numbers of heads disagree, or on ``rows`` outside 1 to ``TILE``.
+    ``top_k`` per head. ``tile_shares`` is the device's kernel of that name, ``build`` its
+    :func:`listed_index`. Scores held at once are bounded whatever the length, unless one query
+    tile alone needs more. Nothing waits for the device. Raises ``ValueError`` if numbers of
+    heads disagree, or on ``rows`` outside 1 to ``TILE``.
     """
     batch, _, n_q, _ = q.shape
     n_k = k.shape[2]
     _check_counts(top_ks, len(heads))
     check_probes(rows, 0, -(-n_q // TILE), n_q)
 
-    def chosen(begin: int, end: int) -> Tensor:
-        shares = tile_shares(q, k, heads, rows, begin, end, scale=scale)
-        return choose(shares, top_ks, n_k - n_q + begin * TILE, n_k)
+    def scores(begin: int, end: int) -> Tensor:
+        return tile_shares(q, k, heads, rows, begin, end, scale=scale)
 
-    slab = max(1, _SLAB // (batch * len(heads) * -(-n_k // TILE) * rows))
-    # A kernel's program takes 128 probing rows: whole programs, where there is room for one.
-    whole = max(1, 128 // rows)
+    slab = max(1, _PROBED_BYTES // (4 * batch * len(heads) * -(-n_k // TILE) * (rows + 1)))
+    # A kernel's program takes up to 256 probing rows: whole programs, where there is room.
+    whole = max(1, 256 // rows)
     slab = slab // whole * whole or slab
-    return _listed_index(chosen, slab, batch, heads, top_ks, n_q, n_k)
-
-
-def _listed_index(
-    chosen: Callable[[int, int], Tensor],
-    slab: int,
-    batch: int,
-    heads: Tensor,
-    top_ks: Sequence[int],
-    n_q: int,
-    n_k: int,
-) -> BlockIndex:
-    """The index of chosen key tiles, ``slab`` query tiles at a time.
-
-    ``chosen(begin, end)`` are the lists of some query tiles, as :func:`best_blocks` gives them.
-    """
-    n_heads, n_tiles, device = len(heads), -(-n_q // TILE), heads.device
-    firsts = range(n_k - n_q, n_k, TILE)
-    reachable = [(min(first + TILE, n_k) - 1) // TILE + 1 for first in firsts]
-    capacity = sum(min(n, max(top_ks) + ALWAYS) for n in reachable)
-    starts = torch.zeros(batch, n_heads, n_tiles + 1, dtype=torch.int32, device=device)
-    # The last slot stays NONE: padding goes there.
-    blocks = torch.full((batch, n_heads, capacity + 1), NONE, dtype=torch.int32, device=device)
-    for begin in range(0, n_tiles, slab):
-        end = min(begin + slab, n_tiles)
-        lists = chosen(begin, end)
-        kept = lists != NONE
-        starts[:, :, begin + 1 : end + 1] = starts[:, :, begin, None] + kept.sum(-1).cumsum(-1)
-        slot = starts[:, :, begin:end, None] + torch.arange(lists.shape[-1], device=device)
-        slot = torch.where(kept, slot, capacity)
-        blocks.scatter_(2, slot.flatten(2), lists.flatten(2))
-    return BlockIndex(heads=heads, starts=starts, blocks=blocks, n_q=n_q, n_k=n_k)
+    return build(scores, slab, batch, heads, top_ks, n_q, n_k)
 
 
 def _sort_keys(scores: Tensor) -> Tensor:
@@ -352,6 +364,15 @@ def check_blocks(scores: Tensor, top_ks: Sequence[int], first_row: int, n_k: int
         raise ValueError(
             f"scores must cover the {reach} key tiles that the query tiles reach, "
             f"got {scores.shape[3]}"
+        )
+
+
+def check_slab(scores: Tensor, batch: int, n_heads: int, n_tiles: int) -> None:
+    """Refuse scores that are not those of so many prompts, heads and query tiles."""
+    if scores.shape[:3] != (batch, n_heads, n_tiles):
+        raise ValueError(
+            f"scores must be of {batch} prompts, {n_heads} heads and {n_tiles} query tiles, "
+            f"got {tuple(scores.shape)}"
         )
 
 

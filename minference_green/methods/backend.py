@@ -2,7 +2,7 @@
 
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minference_green.errors import UsageError
 from minference_green.kernels import cpu, selection
+from minference_green.kernels.index import BlockIndex
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ class Kernels:
     row_scores: Callable[..., tuple[Tensor, Tensor]]
     block_means: Callable[[Tensor], Tensor]
     tile_shares: Callable[..., Tensor]
-    best_blocks: Callable[[Tensor, Sequence[int], int, int], Tensor]
+    listed_index: Callable[..., BlockIndex]
     chosen_bands: Callable[..., tuple[Tensor, Tensor]]
     cut_tiles: Callable[[Tensor], Tensor]
     band_attention: Callable[..., Any]
@@ -40,7 +41,7 @@ def kernels_for(device: torch.device) -> Kernels:
                 row_scores=cpu.row_scores,
                 block_means=cpu.block_means,
                 tile_shares=cpu.tile_shares,
-                best_blocks=selection.best_blocks,
+                listed_index=selection.listed_index,
                 chosen_bands=selection.chosen_bands,
                 cut_tiles=cpu.cut_tiles,
                 band_attention=cpu.band_attention,
@@ -72,7 +73,7 @@ def _triton_kernels() -> Kernels:
         row_scores=estimate.row_scores,
         block_means=estimate.block_means,
         tile_shares=probe.tile_shares,
-        best_blocks=best_blocks.best_blocks,
+        listed_index=best_blocks.listed_index,
         chosen_bands=top.chosen_bands,
         cut_tiles=cut.cut_tiles,
         band_attention=vertical_slash.band_attention,

@@ -251,7 +251,7 @@ class _Layer:
                 scale=self.scale,
                 n_q=self.q.shape[2],
                 n_k=self.k.shape[2],
-                choose=self.kernels.best_blocks,
+                build=self.kernels.listed_index,
             )
         ]
 
@@ -269,7 +269,7 @@ class _Layer:
                 rows,
                 scale=self.scale,
                 tile_shares=self.kernels.tile_shares,
-                choose=self.kernels.best_blocks,
+                build=self.kernels.listed_index,
             )
             for rows, group in by_rows.items()
         ]

@@ -198,16 +198,19 @@ def test_estimators_do_not_spill(name, capability, tmp_path):
 
 
 @each_capability
+@pytest.mark.parametrize("summed", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_probing_does_not_spill(head_dim, capability, tmp_path):
+def test_probing_does_not_spill(head_dim, summed, capability, tmp_path):
     from minference_green.kernels import probe
 
-    constants = sizes(head_dim, ROWS=8, QUERIES=probe.QUERIES, CHUNK=probe.CHUNK_TILES)
     options = probe.options(head_dim)
+    shape = {"ROWS": 8, "QUERIES": options.pop("QUERIES"), "CHUNK": probe.CHUNK_TILES}
+    constants = sizes(head_dim, SUMMED=summed, **shape)
     got = compiled(probe._tile_mass_kernel, capability, tmp_path, constants, options)
     assert got.spills == []
     assert got.resident(capability) >= 2
     assert uses_tensor_cores(got.sass, capability)
+    assert bool(re.search(r"\bMUFU\.EX2", got.sass)) == summed
 
 
 # As many key tiles as 64K, 256K, 1M and 2M tokens have.
@@ -218,6 +221,9 @@ def test_choosing_blocks_does_not_spill(held, tmp_path):
     options = {"num_warps": best_blocks.warps(held)}
     constants = {"TILE": TILE, "HELD": held, "CHUNK": best_blocks.CHUNK}
     got = compiled(best_blocks._best_kernel, HOPPER, tmp_path, constants, options)
+    assert got.spills == []
+    constants = {"CHUNK": best_blocks.CHUNK}
+    got = compiled(best_blocks._pack_kernel, HOPPER, tmp_path, constants, {"num_warps": 4})
     assert got.spills == []
 
 

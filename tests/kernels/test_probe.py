@@ -38,7 +38,7 @@ def exact_shares(q: Tensor, k: Tensor, rows: int, begin: int, end: int, summed: 
         first = n_k - n_q + m * 64
         lanes = [part * 63 // (rows - 1) for part in range(rows)] if rows > 1 else [63]
         probes = sorted({min(first + lane, n_k - 1) for lane in lanes})
-        masses = reference.tile_masses(q, k, probes, scale=0.3)
+        masses = reference.tile_masses(q, k, probes, scale=0.3, largest=not summed)
         log = masses - masses.logsumexp(-1, keepdim=True)
         shares[:, :, m - begin, : log.shape[-1]] = log.exp().sum(2) if summed else log.amax(2)
     return shares[:, [3, 0]]
@@ -104,9 +104,9 @@ def test_probed_lists_do_not_depend_on_the_slab(monkeypatch: pytest.MonkeyPatch)
         return index.starts, index.blocks
 
     whole = build()
-    # One query tile at a time, and three of them: 2 prompts, 2 heads, 16 key tiles, 4 rows.
-    for slab in (1, 3 * 2 * 2 * 16 * 4):
-        monkeypatch.setattr(selection, "_SLAB", slab)
+    # One query tile at a time, and three of them: 2 prompts, 2 heads, 16 key tiles, 4 + 1 rows.
+    for size in (1, 4 * 3 * 2 * 2 * 16 * 5):
+        monkeypatch.setattr(selection, "_PROBED_BYTES", size)
         assert all(torch.equal(x, y) for x, y in zip(build(), whole, strict=True))
 
 
@@ -118,14 +118,14 @@ def test_choosing_by_probes_never_asks_the_device_for_a_value_and_stays_in_memor
         q: Tensor, k: Tensor, heads: Tensor, rows: int, begin: int, end: int, *, scale: float
     ) -> Tensor:
         shape = (1, len(heads), end - begin, end)
-        asked.append(4 * rows * shape[1] * shape[2] * shape[3])
+        asked.append(4 * (rows + 1) * shape[1] * shape[2] * shape[3])
         return torch.zeros(shape, device="meta")
 
     q = torch.zeros(1, 32, 2**17, 128, device="meta")
     heads = to_device(range(32), q.device)
     index = probed_index(q, q[:, :8], heads, [8] * 32, 4, scale=1.0, tile_shares=no_values)
     assert index.starts.shape == (1, 32, 2**11 + 1)
-    assert max(asked) <= 128 * 2**20
+    assert max(asked) <= 288 * 2**20
 
 
 @pytest.mark.parametrize(

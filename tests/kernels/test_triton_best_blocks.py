@@ -5,15 +5,35 @@ import torch
 
 from minference_green.kernels import best_blocks as module
 from minference_green.kernels import cpu, selection
-from minference_green.kernels.best_blocks import best_blocks
+from minference_green.kernels.best_blocks import listed_index
 from minference_green.kernels.index import TILE
 
 
+def assert_index(got, want):
+    for name in ("heads", "starts", "blocks"):
+        ours, theirs = getattr(got, name), getattr(want, name)
+        assert ours.dtype == torch.int32
+        assert torch.equal(ours.cpu(), theirs), name
+    assert (got.n_q, got.n_k) == (want.n_q, want.n_k)
+
+
 def assert_lists(device, scores, top_ks, first_row, n_k):
-    want = selection.best_blocks(scores, top_ks, first_row, n_k)
-    got = best_blocks(scores.to(device), top_ks, first_row, n_k)
-    assert got.dtype == torch.int32
-    assert torch.equal(got.cpu(), want)
+    """Of all query tiles at once, and of one or two at a time."""
+    batch, n_heads, n_tiles, _ = scores.shape
+    heads = torch.arange(n_heads, dtype=torch.int32)
+    sizes = (top_ks, n_k - first_row, n_k)
+    want = selection.listed_index(lambda a, b: scores[:, :, a:b], n_tiles, batch, heads, *sizes)
+    for slab in (1, 2, n_tiles):
+        there = (lambda a, b: scores[:, :, a:b].contiguous().to(device), slab, batch)
+        assert_index(listed_index(*there, heads.to(device), *sizes), want)
+
+
+@pytest.fixture(autouse=True)
+def memory_of_rubbish(monkeypatch):
+    """What is read without having been written shows."""
+    monkeypatch.setattr(
+        module.torch, "empty", lambda shape, **how: torch.full(shape, 12345, **how)
+    )
 
 
 # Queries from the start, from the middle of a key tile, and from a tile's edge.
@@ -63,10 +83,9 @@ def test_an_index_by_pooled_scores_is_the_same(device):
     sizes = {"scale": 1.0, "n_q": 1000, "n_k": 1000}
     want = selection.block_index(*means, heads, [3, 5], **sizes)
     got = selection.block_index(
-        *(x.to(device) for x in means), heads.to(device), [3, 5], **sizes, choose=best_blocks
+        *(x.to(device) for x in means), heads.to(device), [3, 5], **sizes, build=listed_index
     )
-    assert torch.equal(got.starts.cpu(), want.starts)
-    assert torch.equal(got.blocks.cpu(), want.blocks)
+    assert_index(got, want)
 
 
 @pytest.mark.parametrize(
@@ -74,11 +93,14 @@ def test_an_index_by_pooled_scores_is_the_same(device):
     [
         (torch.zeros(1, 1, 2, 8, dtype=torch.float64), [1], "float64"),
         (torch.zeros(1, 2, 8), [1], r"\(1, 2, 8\)"),
-        (torch.zeros(1, 2, 2, 8), [1], "2 heads, 1 sizes"),
+        (torch.zeros(1, 1, 2, 8), [1, 2], "1 heads, 2 sizes"),
+        (torch.zeros(1, 2, 2, 8), [1, 2], r"1 prompts, 1 heads and 2 query tiles, got \(1, 2, 2, 8"),
+        (torch.zeros(1, 1, 1, 8), [1], r"1 heads and 2 query tiles, got \(1, 1, 1, 8"),
         (torch.zeros(1, 1, 2, 7), [1], "the 8 key tiles that the query tiles reach, got 7"),
         (torch.zeros(1, 1, 8, 2).transpose(2, 3), [1], "contiguous"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_value(scores, top_ks, message):
+    heads = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
-        best_blocks(scores, top_ks, 6 * TILE, 8 * TILE)
+        listed_index(lambda *_: scores, 2, 1, heads, top_ks, 2 * TILE, 8 * TILE)
