@@ -137,7 +137,8 @@ def tile_masses(
     """Log-sum-exp of each row's causal logits over every key tile the last row reaches.
 
     Or, ``largest``, the largest of them. Shapes: ``q [B, H, n_q, D]``, ``k [B, Hkv, n_k, D]``,
-    ``rows`` any positions of queries; returns ``[B, H, len(rows), tiles]``, -inf where a row sees no key of a tile.
+    ``rows`` any positions of queries; returns ``[B, H, len(rows), tiles]``, -inf where a row
+    sees no key of a tile.
     """
     n_q, n_k = q.shape[2], k.shape[2]
     at = torch.tensor(list(rows))

@@ -31,9 +31,7 @@ def assert_lists(device, scores, top_ks, first_row, n_k):
 @pytest.fixture(autouse=True)
 def memory_of_rubbish(monkeypatch):
     """What is read without having been written shows."""
-    monkeypatch.setattr(
-        module.torch, "empty", lambda shape, **how: torch.full(shape, 12345, **how)
-    )
+    monkeypatch.setattr(module.torch, "empty", lambda shape, **how: torch.full(shape, 12345, **how))
 
 
 # Queries from the start, from the middle of a key tile, and from a tile's edge.
@@ -94,7 +92,11 @@ def test_an_index_by_pooled_scores_is_the_same(device):
         (torch.zeros(1, 1, 2, 8, dtype=torch.float64), [1], "float64"),
         (torch.zeros(1, 2, 8), [1], r"\(1, 2, 8\)"),
         (torch.zeros(1, 1, 2, 8), [1, 2], "1 heads, 2 sizes"),
-        (torch.zeros(1, 2, 2, 8), [1, 2], r"1 prompts, 1 heads and 2 query tiles, got \(1, 2, 2, 8"),
+        (
+            torch.zeros(1, 2, 2, 8),
+            [1, 2],
+            r"1 heads and 2 query tiles, got \(1, 2, 2, 8",
+        ),
         (torch.zeros(1, 1, 1, 8), [1], r"1 heads and 2 query tiles, got \(1, 1, 1, 8"),
         (torch.zeros(1, 1, 2, 7), [1], "the 8 key tiles that the query tiles reach, got 7"),
         (torch.zeros(1, 1, 8, 2).transpose(2, 3), [1], "contiguous"),

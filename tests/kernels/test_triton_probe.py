@@ -28,9 +28,12 @@ def assert_shares(prompt, heads, got, *settings, summed=False):
 @pytest.fixture(autouse=True)
 def memory_of_nan(monkeypatch):
     """What is read without having been written shows."""
-    monkeypatch.setattr(
-        probe.torch, "empty", lambda shape, **how: torch.full(shape, torch.nan, **how)
-    )
+
+    def empty(shape, *, dtype, device):
+        rubbish = torch.nan if dtype.is_floating_point else 12345
+        return torch.full(shape, rubbish, dtype=dtype, device=device)
+
+    monkeypatch.setattr(probe.torch, "empty", empty)
 
 
 @pytest.mark.parametrize("summed", [False, True])
