@@ -44,8 +44,9 @@ class BlockSparse:
 class Probed:
     """The ``top_k`` key tiles per query tile that one of ``rows`` of its rows attends to most.
 
-    The rows are spread evenly over the query tile and see every key before them, so the choice
-    is by exact attention. It costs rows / 64 of the head's dense products of queries and keys.
+    The rows are spread evenly over the query tile and see every key before them; each rates a
+    key tile by the exact logit of the key it likes best there. It costs rows / 64 of the head's
+    dense products of queries and keys.
     """
 
     top_k: int = 16

@@ -17,6 +17,7 @@ from minference_green.kernels.selection import (
     band_index,
     block_index,
     join_bands,
+    listed_index,
     to_device,
     top_positions,
 )
@@ -195,6 +196,22 @@ def test_means_that_do_not_fit_the_lengths_are_refused() -> None:
     means = torch.zeros(1, 1, 2, 4)
     with pytest.raises(ValueError, match="2 query and 2 key tiles do not fit n_q = 65, n_k = 129"):
         block_index(means, means, heads_of(1), [1], scale=1.0, n_q=65, n_k=129)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 3, 3), (1, 1, 3, 3), (1, 2, 2, 3), (1, 2, 1, 3)])
+def test_scores_of_other_heads_or_query_tiles_are_refused(shape: tuple[int, ...]) -> None:
+    message = rf"1 prompts, 2 heads and 3 query tiles, got \({shape[0]}, {shape[1]}, {shape[2]}, 3"
+    with pytest.raises(ValueError, match=message):
+        listed_index(lambda *_: torch.zeros(shape), 3, 1, heads_of(2), [1, 1], 192, 192)
+
+
+def test_the_room_behind_all_lists_is_none_and_lists_follow_each_other() -> None:
+    """Three query tiles see one, two and three key tiles, where there is room for three each."""
+    index = listed_index(
+        lambda begin, end: torch.zeros(1, 1, end - begin, 3), 2, 1, heads_of(1), [1], 192, 192
+    )
+    assert index.starts.tolist() == [[[0, 1, 3, 5]]]
+    assert index.blocks.tolist() == [[[0, 0, 1, 0, 2, NONE, NONE, NONE, NONE]]]
 
 
 def test_nothing_between_scores_and_index_asks_for_a_value() -> None:
