@@ -116,7 +116,8 @@ def listed_index(
     lists = torch.empty((batch, n_heads, n_tiles, width), dtype=torch.int32, device=device)
     # The first stays 0: summed up, lengths are starts.
     lengths = torch.zeros((batch, n_heads, n_tiles + 1), dtype=torch.int32, device=device)
-    for begin in range(0, n_tiles, slab):
+    # From the last, which reaches the most keys: what it held is memory enough for all others.
+    for begin in reversed(range(0, n_tiles, slab)):
         end, first_row = min(begin + slab, n_tiles), n_k - n_q + begin * TILE
         some = scores(begin, end)
         check_blocks(some, top_ks, first_row, n_k)
@@ -129,6 +130,7 @@ def listed_index(
             n_k, some.shape[3], first_row, begin, n_tiles, width,
             TILE=TILE, HELD=held, CHUNK=CHUNK, num_warps=warps(held),
         )  # fmt: skip
+        del some  # before the next are asked for
     starts = lengths.cumsum(-1, dtype=torch.int32)
     blocks = torch.empty((batch, n_heads, n_tiles * width), dtype=torch.int32, device=device)
     _pack_kernel[(triton.cdiv(n_tiles * width, CHUNK), n_heads, batch)](

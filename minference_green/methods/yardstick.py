@@ -189,7 +189,8 @@ def tile_mass(
     mass = torch.zeros(tiles, tiles, dtype=torch.float32, device=q.device)
     heads = to_device([head], q.device)
     step = max(1, _SCORES // (tiles * TILE))
-    for begin in range(0, tiles, step):
+    # From the last, which reaches the most keys: what it held is memory enough for all others.
+    for begin in reversed(range(0, tiles, step)):
         end = min(begin + step, tiles)
         shares = tile_shares(q, k, heads, TILE, begin, end, scale=scale, summed=True)
         mass[begin:end, : shares.shape[-1]] = shares[0, 0]

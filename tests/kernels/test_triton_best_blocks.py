@@ -1,5 +1,7 @@
 """Choosing key tiles bit by bit against the sort: the same lists to the bit, ties included."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -84,6 +86,22 @@ def test_an_index_by_pooled_scores_is_the_same(device):
         *(x.to(device) for x in means), heads.to(device), [3, 5], **sizes, build=listed_index
     )
     assert_index(got, want)
+
+
+def test_scores_are_asked_for_from_the_last_and_not_held_beside_the_next(device):
+    """The last reach the most keys: memory that grew from slab to slab could not be used again."""
+    asked, held = [], []
+
+    def scores(begin, end):
+        assert not any(one() is not None for one in held)
+        asked.append((begin, end))
+        some = torch.zeros(1, 1, end - begin, end, device=device)
+        held.append(weakref.ref(some))
+        return some
+
+    heads = torch.zeros(1, dtype=torch.int32, device=device)
+    listed_index(scores, 2, 1, heads, [1], 5 * TILE, 5 * TILE)
+    assert asked == [(4, 5), (2, 4), (0, 2)]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,20 @@ def weights(q: Tensor, k: Tensor) -> Tensor:
     n = q.shape[2]
     logits = q.double() @ reference.expand_kv(k, q.shape[1]).double().mT * SCALE
     return torch.softmax(logits.masked_fill(~reference.causal_mask(n, n), -torch.inf), -1)
+
+
+def test_tile_mass_begins_where_the_most_keys_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that grew from part to part could not be used again."""
+    monkeypatch.setattr(module, "_SCORES", 2 * 5 * TILE)
+    asked = []
+
+    def tile_shares(*arguments: Any, **settings: Any) -> Tensor:
+        asked.append(arguments[4:6])
+        return cpu.tile_shares(*arguments, **settings)
+
+    q, k, _ = inputs(300)
+    tile_mass(q, k, 0, scale=SCALE, tile_shares=tile_shares)
+    assert asked == [(4, 5), (2, 4), (0, 2)]
 
 
 @pytest.mark.parametrize("held", [1, 2**14, 2**25])
