@@ -167,7 +167,9 @@ def test_rows_that_agree_on_one_key_or_one_distance_do_not_overflow(dtype, make_
     heads, rows = both_heads(prompt), spread(640)
     keys = reference.expand_kv(prompt.k, 2)
     _, slashes = row_scores(keys * 30, prompt.k, heads, rows, scale=1.0)
-    torch.testing.assert_close(slashes[..., 0].cpu(), torch.full((1, 2), float(len(rows))))
+    # Exponents near 3000 are rounded by half a 4096th, and again where product and sum are fused.
+    want = torch.full((1, 2), float(len(rows)))
+    torch.testing.assert_close(slashes[..., 0].cpu(), want, rtol=3e-4, atol=0)
 
 
 @pytest.mark.parametrize("n", SIZES)

@@ -29,7 +29,7 @@ def assert_chosen(
         assert torch.equal(ours.cpu(), sorted_ones)
 
 
-# 1 and 7: fewer than any digit's bins; 4095 to 4097: a chunk's edge; 9000: three chunks.
+# 1 and 7: fewer than any digit's bins; about CHUNK: a chunk's edge; 9000: five chunks.
 @pytest.mark.parametrize("n", [1, 7, 64, 300, CHUNK - 1, CHUNK, CHUNK + 1, 9000])
 def test_the_chosen_positions_are_those_of_the_sort(device: str, n: int) -> None:
     columns, slashes = random_scores(2, 3, n), random_scores(2, 3, n, seed=1)
