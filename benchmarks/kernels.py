@@ -183,7 +183,6 @@ def joules_and_watts(work: Work, once_ms: float) -> tuple[float, float]:
     uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
     gpu = pynvml.nvmlDeviceGetHandleByUUID(uuid)
     edges: list[tuple[float, float]] = []
-    seen = threading.Event()
 
     def edge() -> tuple[float, float]:
         first = now = pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
@@ -196,7 +195,6 @@ def joules_and_watts(work: Work, once_ms: float) -> tuple[float, float]:
         edges.append(edge())
         time.sleep(JOULE_SECONDS)
         edges.append(edge())
-        seen.set()
 
     # The device has calls waiting until the last edge is seen, some 50 ms of them.
     ahead = deque[torch.cuda.Event](maxlen=max(2, math.ceil(50 / once_ms)))
@@ -205,14 +203,15 @@ def joules_and_watts(work: Work, once_ms: float) -> tuple[float, float]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     count = 0
-    while not seen.is_set():
+    while watcher.is_alive():
         if len(ahead) == ahead.maxlen:
             ahead[0].synchronize()
         work()
         count += 1
         ahead.append(torch.cuda.Event(enable_timing=True))
         ahead[-1].record()
-    watcher.join()
+    if len(edges) < 2:
+        raise RuntimeError("the energy counter could not be read, see above")
     ahead[-1].synchronize()
     (joules_0, seconds_0), (joules_1, seconds_1) = edges
     watts = (joules_1 - joules_0) / (seconds_1 - seconds_0)
