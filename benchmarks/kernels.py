@@ -555,6 +555,8 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     """Parse, measure case by case, write after each."""
     options = parsed()
+    if not torch.cuda.is_available():
+        sys.exit("these kernels are timed on a CUDA GPU, and torch sees none here")
     other: Callable[..., Tensor] | CannotRunError = CannotRunError(
         "no checkout given with --minference"
     )

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minference_green.comparable import differences
-from minference_green.errors import UsageError
+from minference_green.errors import GreenBenchError
 from minference_green.results import BlockDone, Event, Observation, Run, Window, load
 from minference_green.stats import current_windows, method_names
 from minference_green.verdict import LOOKS, Outcome, Verdict, compare
@@ -120,7 +120,7 @@ def main() -> None:
     try:
         run = pooled([load(path) for path in arguments.runs])
         worse = pooled([load(path) for path in arguments.worse]) if arguments.worse else None
-    except UsageError as error:
+    except GreenBenchError as error:
         sys.exit(str(error))
     title = f"joules {CHANGE:+.0%}" if worse is None else "planted loss"
     said = {

@@ -503,6 +503,12 @@ def _describe(x: Tensor) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
 
 
+def programs(n_pairs: int, n_starts: int, n_k: int, processors: int) -> int:
+    """Programs for so many pairs of all heads, with room for ``n_starts`` band tiles a head."""
+    long = min(n_starts, n_k // TILE) >= LONG_WALK
+    return n_pairs if long else min(n_pairs, processors)
+
+
 def attend_pairs(
     q: Tensor, k: Tensor, v: Tensor, column_k: Tensor, column_v: Tensor, out: Tensor, lse: Tensor,
     heads: Tensor, tile_starts: Tensor, columns: Tensor, bits: Tensor, *, scale: float,
@@ -522,11 +528,8 @@ def attend_pairs(
         count_below(columns, r0 + TILE, 2 * TILE, n_pairs),
     )
     n_work = n_pairs * n_heads * batch
-    n_programs = n_work
-    if min(tile_starts.shape[2], n_k // TILE) < LONG_WALK:
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-        n_programs = min(n_work, processors)
-    _pair_kernel[(n_programs,)](
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    _pair_kernel[(programs(n_work, tile_starts.shape[2], n_k, processors),)](
         *(_describe(x) for x in (q, k, v, column_k, column_v)), out, lse,
         heads, tile_starts, lists, *counts, columns, bits, *out.stride()[:3],
         n_q, n_k, tile_starts.shape[2], lists.stride(0), columns.shape[2], bits.shape[2],

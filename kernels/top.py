@@ -28,6 +28,9 @@ CHUNK = 2048
 
 BINS = sum(1 << bits for bits in DIGIT_BITS)
 
+KNOWN_SIZE: tl.constexpr = tl.constexpr(2 * (len(DIGIT_BITS) + 1))
+"""Numbers that the kernels leave behind for a row: two after every digit, and before the first."""
+
 NO_POSITION: tl.constexpr = tl.constexpr(NONE)
 SIZES = ("n", "n_heads", "forced_columns", "forced_slashes", "column_width", "slash_width")
 
@@ -98,7 +101,7 @@ def _histogram_kernel(
     )  # fmt: skip
     row = tl.program_id(1)
     histogram_ptr += row * BINS + FIRST_BIN
-    known_ptr += row * 10
+    known_ptr += row * KNOWN_SIZE
     prefix, _ = _resolved(histogram_ptr - (1 << BEFORE), known_ptr, count, PASS, BEFORE)
     i = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     key = load_keys(scores_ptr, own_row, i, n, forced)
@@ -127,7 +130,7 @@ def _count_kernel(
     )  # fmt: skip
     row = tl.program_id(1)
     last = histogram_ptr + row * BINS + BINS - (1 << BEFORE)
-    least, _ = _resolved(last, known_ptr + row * 10, count, PASSES, BEFORE)
+    least, _ = _resolved(last, known_ptr + row * KNOWN_SIZE, count, PASSES, BEFORE)
     i = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     key = load_keys(scores_ptr, own_row, i, n, forced)
     at = totals_ptr + (row * tl.num_programs(0) + tl.program_id(0)) * 2
@@ -154,7 +157,7 @@ def _write_kernel(
         width = slash_width
     positions_ptr += own_row * width
     chunk = tl.program_id(0)
-    known_ptr += row * 10 + 2 * PASSES
+    known_ptr += row * KNOWN_SIZE + 2 * PASSES
     least = tl.load(known_ptr).to(tl.uint32, bitcast=True)
     n_ties = tl.load(known_ptr + 1)
     above = 0
@@ -202,7 +205,7 @@ def chosen_bands(
     widths = min(max(verticals), n), min(max(offsets), n)
     rows, chunks, passes = 2 * batch * heads, triton.cdiv(n, CHUNK), len(DIGIT_BITS)
     histogram = torch.zeros(rows, BINS, dtype=torch.int32, device=device)
-    known = torch.empty(rows, passes + 1, 2, dtype=torch.int32, device=device)
+    known = torch.empty(rows, KNOWN_SIZE.value, dtype=torch.int32, device=device)
     totals = torch.empty(rows, chunks, 2, dtype=torch.int32, device=device)
     best = [torch.empty(batch, heads, width, dtype=torch.int32, device=device) for width in widths]
     grid, sizes = (chunks, rows), (n, heads, FORCED_COLUMNS, FORCED_OFFSETS)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minference_green.kernels import reference
-from minference_green.kernels.band_pair import LONG_WALK, split_starts
+from minference_green.kernels.band_pair import LONG_WALK, programs, split_starts
 from minference_green.kernels.index import NONE, TILE
 from minference_green.kernels.vertical_slash import _band_bits, band_attention
 
@@ -106,6 +106,14 @@ def test_a_program_that_takes_many_pairs_keeps_its_ring_in_step(
     columns = [[rng.sample(range(2500), 30 * (12 - h)) for h in range(12)]]
     index = band_index(offsets, columns, 2500)
     assert_attends(prompt, index, *run(prompt, index))
+
+
+def test_only_long_walks_get_a_program_for_every_pair():
+    long = LONG_WALK * TILE
+    assert programs(1000, LONG_WALK, long, 132) == 1000
+    assert programs(1000, LONG_WALK - 1, long, 132) == 132  # room for few tiles
+    assert programs(1000, 2 * LONG_WALK, long - 1, 132) == 132  # few keys
+    assert programs(7, 1, 300, 132) == 7
 
 
 @needs_hopper
