@@ -42,9 +42,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from minference_green.kernels.cut import cut_tiles
+from minference_green.kernels.cut import cut_pieces
 from minference_green.kernels.estimate import row_scores
-from minference_green.kernels.index import TILE, BandIndex, causal_pairs
+from minference_green.kernels.index import PIECE, TILE, BandIndex, causal_pairs
 from minference_green.kernels.selection import FORCED_COLUMNS, band_index
 from minference_green.kernels.top import chosen_bands
 from minference_green.kernels.vertical_slash import band_attention
@@ -147,15 +147,16 @@ class Pattern:
     def index(self, n: int) -> BandIndex:
         """What our kernel reads."""
         heads = torch.arange(self.columns.shape[1], dtype=torch.int32, device="cuda")
-        return BandIndex(heads, cut_tiles(self.slashes), self.columns, n)
+        return BandIndex(heads, cut_pieces(self.slashes, n), self.columns, n)
 
 
 def computed_tiles(index: BandIndex) -> int:
     """Key tiles over all heads and query tiles, masked ones among them."""
     r0 = torch.arange(0, index.n_k, TILE, dtype=torch.int32, device="cuda")
     r0 = r0.expand(*index.columns.shape[:2], -1).contiguous()
-    bands = torch.searchsorted(index.tile_starts, r0)
+    pieces = torch.searchsorted(index.pieces, r0)
     columns = torch.searchsorted(index.columns, r0)
+    bands = (pieces * PIECE + TILE - 1) // TILE
     return int((1 + bands + (columns + TILE - 1) // TILE).sum())
 
 
@@ -246,7 +247,7 @@ def sampled_error(
 def visible_columns(index: BandIndex, h: int, r0: int, n: int) -> Tensor:
     """Keys below ``n`` that the query tile at ``r0`` of listed head ``h`` may see."""
     one = BandIndex(
-        index.heads[h : h + 1], index.tile_starts[:, h : h + 1], index.columns[:, h : h + 1],
+        index.heads[h : h + 1], index.pieces[:, h : h + 1], index.columns[:, h : h + 1],
         index.n_k,
     )  # fmt: skip
     e = r0 - 1 - torch.arange(n, device="cuda")
@@ -464,7 +465,7 @@ def sparse_rows(
     steps: dict[str, Work] = {
         "estimate": lambda: row_scores(q, k, heads, last, scale=case.scale),
         "index": lambda: band_index(
-            *scores, heads, *sizes, cut_tiles=cut_tiles, choose=chosen_bands
+            *scores, heads, *sizes, cut_pieces=cut_pieces, choose=chosen_bands
         ),
     }
     for name, (median, spread) in milliseconds(steps, options.repeats).items():

@@ -118,8 +118,8 @@ def band(
     slashes = [offsets(rng, n, max(50, s), clustered=clustered) for _, s in budgets]
     columns = [sorted(rng.sample(range(n), min(n, max(30, v)))) for v, _ in budgets]
     heads = torch.arange(len(budgets), dtype=torch.int32, device=device)
-    cut = kernels_for(device).cut_tiles
-    return BandIndex(heads, cut(padded(slashes, device)), padded(columns, device), n)
+    cut = kernels_for(device).cut_pieces
+    return BandIndex(heads, cut(padded(slashes, device), n), padded(columns, device), n)
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

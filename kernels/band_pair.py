@@ -1,22 +1,24 @@
 """Band attention on Hopper: two neighbouring query tiles share the key tiles they both visit.
 
 At 64 rows a query tile copies 32 KiB of keys and values for 512 tensor-core cycles, more than
-the L2 cache delivers, and most of its neighbour's key tiles are the same. With T the starts of a
-head's band tiles and ``e`` counted from the first query tile of a pair, the first visits T and
-the second T - 64. Where T has a run of adjacent tiles they differ by one tile::
+the L2 cache delivers, and most of its neighbour's keys are the same. With ``e`` counted from the
+first query tile of a pair, a run of pieces from a to b is a to b for the first and a - 64 to b - 64
+for the second. They share a to b - 64; what is left is one tile for each::
 
-    first tile of the pair           T:  0  64  128        640  704
-    second tile                 T - 64:  0  64       576  640
-                                         shared  first | private  second | shared | first
+    first tile of the pair               a ---------------- b
+    second tile          a - 64 --------------- b - 64
+                         |   its own   | shared |  its own  |
 
-(The second's tile at e = -64 is the first's diagonal, shared as well.) One walk serves both: the
-two diagonals, shared tiles, gathered columns, then private tiles in turn. A producer warp copies
-key tiles into a ring in shared memory, two groups of four warps consume them, one per query
-tile. Programs stay resident and take pair after pair, so that the next pair's copies run while
-this one's output is written. With long walks they would drift apart and neighbours no longer meet
-in the L2 cache, so there each pair is a program. A ring slot is free after two arrivals, one from
-each group or both from a private tile's owner. Within a group the logits of a tile are computed
-beside the weighted values of the tile before; its softmax then hides under those.
+(Before a run at 0, the second's own tile is the first's diagonal, shared as well.) A run of the
+least length shares nothing. Shared pieces of whatever runs fill tiles, four to one. One walk
+serves both: the two diagonals, shared tiles, gathered columns, then each one's own tiles in
+turn. A producer warp copies key tiles into a ring in shared memory, piece by piece where they do
+not follow each other, and two groups of four warps consume them, one per query tile. Programs
+stay resident and take pair after pair, so that the next pair's copies run while this one's output
+is written. With long walks they would drift apart and neighbours no longer meet in the L2 cache,
+so there each pair is a program. A ring slot is free after two arrivals, one from each group or
+both from the owner of a tile of its own. Within a group the logits of a tile are computed beside
+the weighted values of the tile before; its softmax then hides under those.
 """
 
 import torch
@@ -34,10 +36,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from minference_green.kernels.index import NONE, TILE
+from minference_green.kernels.index import NONE, PIECE, TILE
 from minference_green.kernels.tile import LN_2, LOG2_E, count_below, padded
 
-NO_TILE = gl.constexpr(NONE)
+NO_PIECE = gl.constexpr(NONE)
 
 RING = 6
 """Key tiles in shared memory, as many as fit."""
@@ -48,8 +50,13 @@ REGISTERS = 168
 LONG_WALK = 2048
 """Band tiles that a query tile may have from which every pair gets a program of its own."""
 
+SWIZZLE = 64
+"""Elements of a row that shared memory keeps together, the most that one box copies."""
+
 # The copy has another name after Triton 3.6.
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+# So has the other view of some shared memory.
+RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.jit
@@ -59,28 +66,56 @@ def _place(w, n_pairs, n_heads):
 
 
 @gluon.jit
-def _item(j, r0, sizes, lists_ptr, list_stride, TILE: gl.constexpr):
-    """Item ``j`` of a pair's walk: key row, column tile, is it a band tile, is it left out."""
-    n_shared, n_column_tiles, n_first, n_second = sizes
+def _item(j, r0, sizes, lists_ptr, list_stride, TILE: gl.constexpr, PIECE: gl.constexpr):
+    """Item ``j`` of a pair's walk.
+
+    Its first key row, or column tile; is it of the band; is it left out; the place of its first
+    piece in the list if its pieces are copied one by one, else -1.
+    """
+    n_pieces, n_column_tiles, n_first, n_second = sizes
+    n_shared = (n_pieces * PIECE + TILE - 1) // TILE
     i = j - 2
     column_tile = i - n_shared
     turn = column_tile - n_column_tiles
     is_private = turn >= 0
     side = turn & 1
-    slot = gl.where(is_private, turn >> 1, i)
-    n_slots = gl.where(is_private, gl.where(side == 0, n_first, n_second), n_shared)
+    slot = gl.where(is_private, turn >> 1, i * (TILE // PIECE))
+    n_slots = gl.where(is_private, gl.where(side == 0, n_first, n_second), n_pieces)
     listed = (i >= 0) & (slot < n_slots)
     kind = gl.where(is_private, 1 + side, 0)
     start = gl.load(lists_ptr + kind.to(gl.int64) * list_stride + slot, listed, 0)
     row = r0 - TILE - start + gl.where(is_private & (side == 1), TILE, 0)
     row = gl.where(i < 0, r0 + TILE - j * TILE, row)
-    return row, column_tile, (i < n_shared) | is_private, is_private & (slot >= n_slots)
+    last = slot + TILE // PIECE - 1
+    is_shared = listed & (is_private == 0)
+    end = gl.load(lists_ptr + last, is_shared & (last < n_pieces), -1)
+    # The masks of tiles that reach past column 0 count on one order of pieces.
+    scattered = is_shared & ((end - start != TILE - PIECE) | (end + PIECE > r0))
+    scattered = gl.where(scattered, slot, -1)
+    return row, column_tile, (i < n_shared) | is_private, is_private & (slot >= n_slots), scattered
 
 
 @gluon.jit
-def _copy(desc, column_desc, slots, full, empty, t, place, row, column, is_band, left_out,
-          RING: gl.constexpr):  # fmt: skip
+def _boxes(slots, piece_desc, RING: gl.constexpr, DIM: gl.constexpr,
+           TILE: gl.constexpr, PIECE: gl.constexpr, SWIZZLE: gl.constexpr):  # fmt: skip
+    """A ring's memory as what one copy of a piece fills.
+
+    A tile lies there by columns of ``SWIZZLE`` elements, each row after row.
+    """
+    n_boxes: gl.constexpr = RING * TILE * DIM // (PIECE * SWIZZLE)
+    shape: gl.constexpr = [n_boxes, 1, 1, PIECE, SWIZZLE]
+    if RENAMED:
+        return slots.reinterpret(slots.dtype, shape, piece_desc.layout)
+    else:  # noqa: RET505
+        return slots._reinterpret(slots.dtype, shape, piece_desc.layout)  # noqa: SLF001
+
+
+@gluon.jit
+def _copy(descs, slots, full, empty, t, place, row, column, is_band, left_out, scattered,
+          r0, lists_ptr, n_pieces, DIM: gl.constexpr, TILE: gl.constexpr, PIECE: gl.constexpr,
+          SWIZZLE: gl.constexpr, RING: gl.constexpr):  # fmt: skip
     """Wait until slot ``t`` is free and start the copy into it."""
+    desc, piece_desc, column_desc = descs
     b, h, kv_head = place
     s = t % RING
     mbarrier.wait(empty.index(s), ((t // RING) & 1) ^ 1)
@@ -92,17 +127,31 @@ def _copy(desc, column_desc, slots, full, empty, t, place, row, column, is_band,
         mbarrier.arrive(full.index(s), count=1)
     else:
         mbarrier.expect(full.index(s), desc.block_type.nbytes)
-        copy_tile(desc, [b, kv_head, row, 0], full.index(s), slots.index(s), pred=is_band)
-        copy_tile(
-            column_desc, [b, h, column, 0], full.index(s), slots.index(s), pred=is_band == 0
-        )  # fmt: skip
+        if scattered >= 0:
+            boxes = _boxes(slots, piece_desc, RING, DIM, TILE, PIECE, SWIZZLE)
+            for part in gl.static_range(TILE // PIECE):
+                at = scattered + part
+                # What is missing of the last tile lies before the first key: zeros.
+                start = gl.load(lists_ptr + at, at < n_pieces, r0)
+                for wide in gl.static_range(DIM // SWIZZLE):
+                    box = boxes.index((s * (DIM // SWIZZLE) + wide) * (TILE // PIECE) + part)
+                    copy_tile(
+                        piece_desc, [b, kv_head, r0 - PIECE - start, wide * SWIZZLE],
+                        full.index(s), box,
+                    )  # fmt: skip
+        else:
+            copy_tile(desc, [b, kv_head, row, 0], full.index(s), slots.index(s), pred=is_band)
+            copy_tile(
+                column_desc, [b, h, column, 0], full.index(s), slots.index(s), pred=is_band == 0
+            )  # fmt: skip
 
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, column_k_desc, column_v_desc, queries, ring, heads_ptr, lists_ptr,
-    counts, n_q, n_k, n_starts, list_stride, group, n_pairs, n_heads, n_work,
-    TILE: gl.constexpr, RING: gl.constexpr,
+    q_desc, k_descs, v_descs, queries, ring, heads_ptr, lists_ptr, counts, n_q, n_k, n_pieces,
+    list_stride, group, n_pairs, n_heads, n_work,
+    DIM: gl.constexpr, TILE: gl.constexpr, PIECE: gl.constexpr, SWIZZLE: gl.constexpr,
+    RING: gl.constexpr,
 ):  # fmt: skip
     """The warp that copies: query tiles and every key tile of the walk, in its order."""
     qs, q_full, q_empty = queries
@@ -122,27 +171,30 @@ def _produce(
         n_first = gl.load(first_ptr + at)
         n_second = gl.load(second_ptr + at)
         sizes = (n_shared, n_column_tiles, n_first, n_second)
-        n_items = 2 + n_shared + n_column_tiles + 2 * gl.maximum(n_first, n_second)
-        own_lists = lists_ptr + listed * n_starts
+        n_items = 2 + (n_shared * PIECE + TILE - 1) // TILE + n_column_tiles
+        n_items += 2 * gl.maximum(n_first, n_second)
+        own_lists = lists_ptr + listed * n_pieces
         for side in gl.static_range(2):
             mbarrier.wait(q_empty.index(side), phase ^ 1)
             mbarrier.expect(q_full.index(side), q_desc.block_type.nbytes)
             q_row = (2 * pair + side) * TILE
             copy_tile(q_desc, [b, head, q_row, 0], q_full.index(side), qs.index(side))
-        row, column_tile, is_band, left_out = _item(0, r0, sizes, own_lists, list_stride, TILE)
+        row, column_tile, is_band, left_out, scattered = _item(
+            0, r0, sizes, own_lists, list_stride, TILE, PIECE
+        )  # fmt: skip
         for j in range(n_items):
             # The next item's place is on its way while this one waits for its slot.
-            ahead = _item(j + 1, r0, sizes, own_lists, list_stride, TILE)
+            ahead = _item(j + 1, r0, sizes, own_lists, list_stride, TILE, PIECE)
             column = column_tile * TILE
             _copy(
-                k_desc, column_k_desc, ks, k_full, k_empty, t, place, row, column, is_band,
-                left_out, RING,
+                k_descs, ks, k_full, k_empty, t, place, row, column, is_band, left_out,
+                scattered, r0, own_lists, n_shared, DIM, TILE, PIECE, SWIZZLE, RING,
             )  # fmt: skip
             _copy(
-                v_desc, column_v_desc, vs, v_full, v_empty, t, place, row, column, is_band,
-                left_out, RING,
+                v_descs, vs, v_full, v_empty, t, place, row, column, is_band, left_out,
+                scattered, r0, own_lists, n_shared, DIM, TILE, PIECE, SWIZZLE, RING,
             )  # fmt: skip
-            row, column_tile, is_band, left_out = ahead
+            row, column_tile, is_band, left_out, scattered = ahead
             t += 1
         phase ^= 1
 
@@ -249,11 +301,11 @@ def _step(
 
 @gluon.jit
 def _consume(
-    queries, ring, heads_ptr, starts_ptr, lists_ptr, counts, columns_ptr, bits_ptr,
+    queries, ring, heads_ptr, pieces_ptr, lists_ptr, counts, columns_ptr, bits_ptr,
     out_ptr, lse_ptr, out_batch, out_head, out_row,
-    n_q, n_k, n_starts, list_stride, n_columns, n_words, n_pairs, n_heads, n_work, qk_scale,
+    n_q, n_k, n_pieces, list_stride, n_columns, n_words, n_pairs, n_heads, n_work, qk_scale,
     SIDE: gl.constexpr, HEAD_DIM: gl.constexpr, DIM: gl.constexpr, TILE: gl.constexpr,
-    HAS_LSE: gl.constexpr, RING: gl.constexpr,
+    PIECE: gl.constexpr, HAS_LSE: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     """The four warps that attend for one query tile of each pair, its first or its second."""
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
@@ -282,7 +334,7 @@ def _consume(
         n_private = n_first if SIDE == 0 else n_second
         n_left = gl.load((first_left_ptr if SIDE == 0 else second_left_ptr) + at)
         n_column_tiles = (gl.load(second_left_ptr + at) + TILE - 1) // TILE
-        own_shared = lists_ptr + listed * n_starts
+        own_shared = lists_ptr + listed * n_pieces
         own_private = own_shared + (1 + SIDE) * list_stride
         own_columns = columns_ptr + listed * n_columns
         own_bits = bits_ptr + listed * n_words
@@ -315,29 +367,34 @@ def _consume(
         # The second tile sees the first's diagonal tile whole if its band starts at e = 0.
         begin = t + 2
         if SIDE == 1:
-            if gl.load(starts_ptr + listed * n_starts, n_starts > 0, NO_TILE) == 0:
+            if gl.load(pieces_ptr + listed * n_pieces, n_pieces > 0, NO_PIECE) == 0:
                 begin = t + 1
             else:
                 _pass_over(ring, t + 1, 1, RING)
-        # Only the last tile of a list may reach past column 0.
-        farthest = gl.load(own_shared + n_shared - 1, n_shared > 0, 0)
-        past = gl.where(n_shared > 0, farthest + TILE - r0, 0)
-        n_past = (past > 0).to(gl.int32)
-        t += 2 + n_shared - n_past
+        # Only the last tile may lack pieces, and only the last piece may reach past column 0.
+        n_whole = n_shared * PIECE // TILE
+        farthest = gl.load(own_shared + n_shared - 1, n_shared > 0, -PIECE)
+        n_whole -= ((n_shared * PIECE % TILE == 0) & (farthest + PIECE > r0)).to(gl.int32)
+        n_edge = (n_shared * PIECE + TILE - 1) // TILE - n_whole
+        t += 2 + n_whole
         for j in range(begin, t):
             state = _step(
                 j, state, q, ring, qk_scale, 0, LOGITS, OUT, TILE, DIM, RING, False, False
             )  # fmt: skip
 
-        column = lanes - n_past * TILE
+        at_edge = n_whole * (TILE // PIECE) + lanes // PIECE
+        edge = gl.load(own_shared + at_edge, at_edge < n_shared, NO_PIECE)
+        # The keys of a piece ascend, so its first is the farthest.
+        edge = edge <= r0 - PIECE + lanes % PIECE
+        column = lanes - n_edge * TILE
         left = (column >= 0) & (column < n_left)
         e = own_r0 - 1 - gl.load(own_columns + column, left, 0)
         word = gl.load(own_bits + (e >> 5), left, 0)
         column += TILE
         position = gl.load(own_columns + column, column < n_left, 0)
-        for i in range(n_past + n_column_tiles):
+        for i in range(n_edge + n_column_tiles):
             seen = left & (((word >> (e & 31)) & 1) == 0)
-            seen = seen | ((i < n_past) & (lanes >= past))
+            seen = seen | ((i < n_edge) & edge)
             seen = gl.convert_layout(gl.where(seen, float("inf"), float("-inf")), KEYS)
             # The next tile's mask is on its way while this tile is computed.
             left = column < n_left
@@ -348,17 +405,17 @@ def _consume(
             state = _step(
                 t + i, state, q, ring, qk_scale, seen, LOGITS, OUT, TILE, DIM, RING, False, True
             )  # fmt: skip
-        t += n_past + n_column_tiles
+        t += n_edge + n_column_tiles
 
         farthest = gl.load(own_private + n_private - 1, n_private > 0, 0)
         past = gl.where(n_private > 0, farthest + TILE - own_r0, 0)
-        n_whole = n_private - (past > 0).to(gl.int32)
-        for i in range(n_whole):
+        n_inside = n_private - (past > 0).to(gl.int32)
+        for i in range(n_inside):
             state = _step(
                 t + 2 * i + SIDE, state, q, ring, qk_scale, 0,
                 LOGITS, OUT, TILE, DIM, RING, True, False,
             )  # fmt: skip
-        for i in range(n_whole, n_private):
+        for i in range(n_inside, n_private):
             state = _step(
                 t + 2 * i + SIDE, state, q, ring, qk_scale,
                 gl.where(keys >= past, float("inf"), float("-inf")),
@@ -391,18 +448,18 @@ def _consume(
 
 @gluon.jit(
     do_not_specialize=(
-        "n_q", "n_k", "n_starts", "list_stride", "n_columns", "n_words", "group", "n_pairs",
+        "n_q", "n_k", "n_pieces", "list_stride", "n_columns", "n_words", "group", "n_pairs",
         "n_heads", "n_work",
     )
 )  # fmt: skip
 def _pair_kernel(
-    q_desc, k_desc, v_desc, column_k_desc, column_v_desc, out_ptr, lse_ptr,
-    heads_ptr, starts_ptr, lists_ptr, shared_ptr, first_ptr, second_ptr, first_left_ptr,
-    second_left_ptr, columns_ptr, bits_ptr,
+    q_desc, k_desc, v_desc, piece_k_desc, piece_v_desc, column_k_desc, column_v_desc,
+    out_ptr, lse_ptr, heads_ptr, pieces_ptr, lists_ptr, shared_ptr, first_ptr, second_ptr,
+    first_left_ptr, second_left_ptr, columns_ptr, bits_ptr,
     out_batch: gl.int64, out_head: gl.int64, out_row: gl.int64,
-    n_q, n_k, n_starts, list_stride, n_columns, n_words, group, n_pairs, n_heads, n_work, qk_scale,
-    HEAD_DIM: gl.constexpr, DIM: gl.constexpr, TILE: gl.constexpr, HAS_LSE: gl.constexpr,
-    RING: gl.constexpr,
+    n_q, n_k, n_pieces, list_stride, n_columns, n_words, group, n_pairs, n_heads, n_work, qk_scale,
+    HEAD_DIM: gl.constexpr, DIM: gl.constexpr, TILE: gl.constexpr, PIECE: gl.constexpr,
+    SWIZZLE: gl.constexpr, HAS_LSE: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_desc.dtype
     qs = gl.allocate_shared_memory(dtype, [2, 1, 1, TILE, DIM], q_desc.layout)
@@ -425,93 +482,101 @@ def _pair_kernel(
     fence_async_shared()
     queries = (qs, q_full, q_empty)
     ring = (ks, vs, k_full, k_empty, v_full, v_empty)
+    k_descs = (k_desc, piece_k_desc, column_k_desc)
+    v_descs = (v_desc, piece_v_desc, column_v_desc)
     counts = (shared_ptr, first_ptr, second_ptr, first_left_ptr, second_left_ptr)
     gl.warp_specialize([
         (_consume, (
-            queries, ring, heads_ptr, starts_ptr, lists_ptr, counts, columns_ptr, bits_ptr,
-            out_ptr, lse_ptr, out_batch, out_head, out_row, n_q, n_k, n_starts, list_stride,
+            queries, ring, heads_ptr, pieces_ptr, lists_ptr, counts, columns_ptr, bits_ptr,
+            out_ptr, lse_ptr, out_batch, out_head, out_row, n_q, n_k, n_pieces, list_stride,
             n_columns, n_words, n_pairs, n_heads, n_work, qk_scale,
-            0, HEAD_DIM, DIM, TILE, HAS_LSE, RING,
+            0, HEAD_DIM, DIM, TILE, PIECE, HAS_LSE, RING,
         )),
         (_consume, (
-            queries, ring, heads_ptr, starts_ptr, lists_ptr, counts, columns_ptr, bits_ptr,
-            out_ptr, lse_ptr, out_batch, out_head, out_row, n_q, n_k, n_starts, list_stride,
+            queries, ring, heads_ptr, pieces_ptr, lists_ptr, counts, columns_ptr, bits_ptr,
+            out_ptr, lse_ptr, out_batch, out_head, out_row, n_q, n_k, n_pieces, list_stride,
             n_columns, n_words, n_pairs, n_heads, n_work, qk_scale,
-            1, HEAD_DIM, DIM, TILE, HAS_LSE, RING,
+            1, HEAD_DIM, DIM, TILE, PIECE, HAS_LSE, RING,
         )),
         (_produce, (
-            q_desc, k_desc, v_desc, column_k_desc, column_v_desc, queries, ring, heads_ptr,
-            lists_ptr, counts, n_q, n_k, n_starts, list_stride, group, n_pairs, n_heads, n_work,
-            TILE, RING,
+            q_desc, k_descs, v_descs, queries, ring, heads_ptr, lists_ptr, counts, n_q, n_k,
+            n_pieces, list_stride, group, n_pairs, n_heads, n_work, DIM, TILE, PIECE, SWIZZLE,
+            RING,
         )),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("n_starts", "list_stride"))
+@triton.jit(do_not_specialize=("n_pieces", "list_stride"))
 def _split_kernel(
-    starts_ptr, lists_ptr, n_starts, list_stride, TILE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One head's tile starts as three ascending lists: shared, first's own, second's own."""
-    row = tl.program_id(0).to(tl.int64) * n_starts
-    starts_ptr += row
+    pieces_ptr, lists_ptr, n_pieces, list_stride,
+    TILE: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One head's pieces as three ascending lists: shared, first's own, second's own."""
+    row = tl.program_id(0).to(tl.int64) * n_pieces
+    pieces_ptr += row
     lists_ptr += row
+    PARTS: tl.constexpr = TILE // PIECE
     n_shared = 0
     n_first = 0
     n_second = 0
-    for begin in range(0, n_starts, BLOCK):
+    for begin in range(0, n_pieces, BLOCK):
         i = begin + tl.arange(0, BLOCK)
-        start = tl.load(starts_ptr + i, i < n_starts, NO_TILE)
-        before = tl.load(starts_ptr + i - 1, (i > 0) & (i < n_starts), -TILE)
-        after = tl.load(starts_ptr + i + 1, i + 1 < n_starts, NO_TILE)
-        real = start != NO_TILE
-        shared = (real & (after - start == TILE)).to(tl.int32)
-        first = (real & (after - start != TILE)).to(tl.int32)
-        # The second's tile before start 0 would be the first's diagonal: shared as well.
-        second = (real & (start - before != TILE)).to(tl.int32)
-        tl.store(lists_ptr + n_shared + tl.cumsum(shared, 0) - 1, start, shared != 0)
-        tl.store(lists_ptr + list_stride + n_first + tl.cumsum(first, 0) - 1, start, first != 0)
-        own = lists_ptr + 2 * list_stride + n_second + tl.cumsum(second, 0) - 1
-        tl.store(own, start, second != 0)
+        piece = tl.load(pieces_ptr + i, i < n_pieces, NO_PIECE)
+        before = tl.load(pieces_ptr + i - 1, (i > 0) & (i < n_pieces), -PIECE)
+        after = tl.load(pieces_ptr + i + 1, i + 1 < n_pieces, NO_PIECE)
+        across = tl.load(pieces_ptr + i + PARTS, i + PARTS < n_pieces, NO_PIECE)
+        real = piece != NO_PIECE
+        shared = (real & (across - piece == TILE)).to(tl.int32)
+        ends = (real & (after - piece != PIECE)).to(tl.int32)
+        # The second's tile before a run at 0 would be the first's diagonal: shared as well.
+        begins = (real & (piece - before != PIECE)).to(tl.int32)
+        tl.store(lists_ptr + n_shared + tl.cumsum(shared, 0) - 1, piece, shared != 0)
+        own = lists_ptr + list_stride + n_first + tl.cumsum(ends, 0) - 1
+        tl.store(own, piece + PIECE - TILE, ends != 0)
+        own = lists_ptr + 2 * list_stride + n_second + tl.cumsum(begins, 0) - 1
+        tl.store(own, piece, begins != 0)
         n_shared += tl.sum(shared)
-        n_first += tl.sum(first)
-        n_second += tl.sum(second)
+        n_first += tl.sum(ends)
+        n_second += tl.sum(begins)
 
 
-def split_starts(tile_starts: Tensor) -> Tensor:
-    """Tile starts as int32 ``[3, B, H, T]``, each list ascending and padded with ``NONE``.
+def split_pieces(pieces: Tensor) -> Tensor:
+    """Pieces as int32 ``[3, B, H, P]``, each list ascending and padded with ``NONE``.
 
-    Starts whose next tile is adjacent (both query tiles of a pair visit it), starts without a
-    next (the first's own), starts without an adjacent tile before, other than 0 (the second's).
+    Pieces that both query tiles of a pair visit; the first's own tiles, by their start, one at
+    the end of each run; the second's, by their start counted from the second: where a run begins,
+    other than at 0.
     """
-    lists = torch.full((3, *tile_starts.shape), NONE, dtype=torch.int32, device=tile_starts.device)
-    batch, n_heads, n_starts = tile_starts.shape
-    if n_starts:
+    lists = torch.full((3, *pieces.shape), NONE, dtype=torch.int32, device=pieces.device)
+    batch, n_heads, n_pieces = pieces.shape
+    if n_pieces:
         _split_kernel[(batch * n_heads,)](
-            tile_starts, lists, n_starts, lists.stride(0), TILE=TILE, BLOCK=1024, num_warps=8
-        )
+            pieces, lists, n_pieces, lists.stride(0),
+            TILE=TILE, PIECE=PIECE, BLOCK=1024, num_warps=8,
+        )  # fmt: skip
     return lists
 
 
-def _describe(x: Tensor) -> TensorDescriptor:
-    """Descriptor of ``[B, H, N, D]`` that copies ``TILE`` rows of one head, zeros outside."""
+def _describe(x: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """Descriptor of ``[B, H, N, D]`` that copies ``rows`` rows of one head, zeros outside."""
     # A dimension of one is never stepped over, so its stride may be anything: make it legal.
     step = x.element_size() * 16
     strides = [step if x.shape[d] == 1 else x.stride(d) for d in range(3)]
-    block = [1, 1, TILE, padded(x.shape[3])]
+    block = [1, 1, rows, width]
     dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[x.dtype]
     layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
     return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
 
 
-def programs(n_pairs: int, n_starts: int, n_k: int, processors: int) -> int:
-    """Programs for so many pairs of all heads, with room for ``n_starts`` band tiles a head."""
-    long = min(n_starts, n_k // TILE) >= LONG_WALK
+def programs(n_pairs: int, n_pieces: int, n_k: int, processors: int) -> int:
+    """Programs for so many pairs of all heads, with room for ``n_pieces`` pieces a head."""
+    long = min(n_pieces * PIECE, n_k) // TILE >= LONG_WALK
     return n_pairs if long else min(n_pairs, processors)
 
 
 def attend_pairs(
     q: Tensor, k: Tensor, v: Tensor, column_k: Tensor, column_v: Tensor, out: Tensor, lse: Tensor,
-    heads: Tensor, tile_starts: Tensor, columns: Tensor, bits: Tensor, *, scale: float,
+    heads: Tensor, pieces: Tensor, columns: Tensor, bits: Tensor, *, scale: float,
     has_lse: bool,
 ) -> None:  # fmt: skip
     """Launch; arguments as :func:`vertical_slash.band_attention` checked and prepared them."""
@@ -519,7 +584,7 @@ def attend_pairs(
     n_k, n_heads = k.shape[2], len(heads)
     n_pairs = triton.cdiv(n_q, 2 * TILE)
     r0 = n_k - n_q
-    lists = split_starts(tile_starts)
+    lists = split_pieces(pieces)
     counts = (
         count_below(lists[0], r0, 2 * TILE, n_pairs),
         count_below(lists[1], r0, 2 * TILE, n_pairs),
@@ -529,11 +594,15 @@ def attend_pairs(
     )
     n_work = n_pairs * n_heads * batch
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    _pair_kernel[(programs(n_work, tile_starts.shape[2], n_k, processors),)](
-        *(_describe(x) for x in (q, k, v, column_k, column_v)), out, lse,
-        heads, tile_starts, lists, *counts, columns, bits, *out.stride()[:3],
-        n_q, n_k, tile_starts.shape[2], lists.stride(0), columns.shape[2], bits.shape[2],
+    dim = padded(head_dim)
+    _pair_kernel[(programs(n_work, pieces.shape[2], n_k, processors),)](
+        *(_describe(x, TILE, dim) for x in (q, k, v)),
+        *(_describe(x, PIECE, SWIZZLE) for x in (k, v)),
+        *(_describe(x, TILE, dim) for x in (column_k, column_v)), out, lse,
+        heads, pieces, lists, *counts, columns, bits, *out.stride()[:3],
+        n_q, n_k, pieces.shape[2], lists.stride(0), columns.shape[2], bits.shape[2],
         q.shape[1] // k.shape[1], n_pairs, n_heads, n_work, scale * LOG2_E,
-        HEAD_DIM=head_dim, DIM=padded(head_dim), TILE=TILE, HAS_LSE=has_lse, RING=RING,
+        HEAD_DIM=head_dim, DIM=dim, TILE=TILE, PIECE=PIECE, SWIZZLE=SWIZZLE, HAS_LSE=has_lse,
+        RING=RING,
         num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip

@@ -7,7 +7,6 @@ through it causally, and the two results are merged by their log-sum-exp. Nothin
 gradient.
 """
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +15,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from minference_green.kernels.index import NONE, TILE, BandIndex, BlockIndex
+from minference_green.kernels.index import (
+    NONE,
+    PIECE,
+    TILE,
+    BandIndex,
+    BlockIndex,
+    room_for_pieces,
+)
 from minference_green.kernels.selection import check_probes, check_rows, probing_rows
 
 T = TypeVar("T")
@@ -49,19 +55,19 @@ def band_attention(
     first_rows = torch.arange(k.shape[2] - q.shape[2], k.shape[2], TILE)
     n_tiles, n_k = len(first_rows), index.n_k
     # Padding becomes n_k, which no tile reaches; one more entry keeps an empty list readable.
-    starts = _padded(index.tile_starts.long().clamp(max=n_k), n_k)
+    pieces = _padded(index.pieces.long().clamp(max=n_k), n_k)
     columns = _padded(index.columns.long().clamp(max=n_k), n_k)
-    r0_of_tile = first_rows.expand(*starts.shape[:2], -1).contiguous()
-    n_bands = torch.searchsorted(starts, r0_of_tile).flatten()
+    r0_of_tile = first_rows.expand(*pieces.shape[:2], -1).contiguous()
+    n_pieces = torch.searchsorted(pieces, r0_of_tile).flatten()
     n_columns = torch.searchsorted(columns, r0_of_tile).flatten()
     banded = index.banded()
 
     def left(jobs: Tensor) -> tuple[Tensor, Tensor]:
         head, r0 = jobs[:, None] // n_tiles, first_rows[jobs % n_tiles, None]
-        band = torch.arange(int(n_bands[jobs].max()))
-        first = r0 - TILE - _pick(starts, head * starts.shape[2] + band)
-        # Positions below 0 lie before the first key, as do all of the bands past a job's own.
-        near = (first[..., None] + torch.arange(TILE)).flatten(1)
+        piece = torch.arange(int(n_pieces[jobs].max()))
+        first = r0 - PIECE - _pick(pieces, head * pieces.shape[2] + piece)
+        # Positions below 0 lie before the first key, as do all of the pieces past a job's own.
+        near = (first[..., None] + torch.arange(PIECE)).flatten(1)
         column = _pick(columns, head * columns.shape[2] + torch.arange(int(n_columns[jobs].max())))
         distance = r0 - 1 - column
         # A column under a band of the tile is among the near keys already.
@@ -69,7 +75,7 @@ def band_attention(
         positions = torch.cat([near, column], dim=1)
         return positions, torch.cat([near >= 0, (distance >= 0) & ~covered], dim=1)
 
-    tiles = _TileKeys(blocks=n_bands, singles=n_columns, left=left, own=lambda _: None)
+    tiles = _TileKeys(listed=n_pieces * PIECE, singles=n_columns, left=left, own=lambda _: None)
     return _attend(q, k, v, index.heads, tiles, scale, out, return_lse)
 
 
@@ -119,7 +125,7 @@ def block_attention(
         block = (first_rows[jobs % n_tiles, None] + torch.arange(TILE)) // TILE
         return (listed(jobs, counts)[:, :, None] == block[:, None, :]).any(1)
 
-    tiles = _TileKeys(blocks=n_left, singles=torch.zeros_like(n_left), left=left, own=own)
+    tiles = _TileKeys(listed=n_left * TILE, singles=torch.zeros_like(n_left), left=left, own=own)
     return _attend(q, k, v, index.heads, tiles, scale, out, return_lse)
 
 
@@ -239,31 +245,35 @@ def block_means(x: Tensor) -> Tensor:
     return torch.cat([means, rest], dim=2)
 
 
-def cut_tiles(offsets: Tensor) -> Tensor:
-    """Key-tile starts that cover the bands of ascending slashes, in the fewest disjoint tiles.
+def cut_pieces(offsets: Tensor, n_k: int) -> Tensor:
+    """Pieces that cover the bands of ascending slashes, those less than a piece apart as one.
 
-    Shapes: ``offsets [B, H, S]`` int32, padded with ``NONE``; returns the same, as
-    :func:`minference_green.kernels.reference.cut_tiles`.
+    Shapes: ``offsets [B, H, S]`` int32 below ``n_k``, padded with ``NONE``; returns
+    ``[B, H, P]`` int32, as :func:`minference_green.kernels.reference.cut_pieces`.
     """
-    tiles = torch.full_like(offsets, NONE)
-    for source, target in zip(offsets.flatten(0, 1), tiles.flatten(0, 1), strict=True):
-        ascending = source[source != NONE].tolist()
-        starts: list[int] = []
-        end = 0
-        # The first slash past what is covered begins the next tile.
-        while (n := bisect_right(ascending, end)) < len(ascending):
-            starts.append(max(end, ascending[n] - TILE))
-            end = starts[-1] + TILE
-        target[: len(starts)] = torch.tensor(starts, dtype=torch.int32)
-    return tiles
+    before = torch.nn.functional.pad(offsets[..., :-1].long(), (1, 0))
+    real = (offsets > 0) & (offsets != NONE)
+    offset = offsets.long().clamp(min=TILE)
+    begins = (before == 0) | (offset - TILE - before.clamp(min=TILE) >= PIECE)
+    begin = (offset - TILE).masked_fill(~(real & begins), 0).cummax(-1).values
+    has = (-(-(before.clamp(min=TILE) - begin) // PIECE)).masked_fill(begins, 0)
+    new = (-(-(offset - begin) // PIECE) - has).masked_fill(~real, 0)
+    at = new.cumsum(-1) - new
+    room = room_for_pieces(offsets.shape[2], n_k)
+    pieces = torch.full((*offsets.shape[:2], room + 1), NONE, dtype=torch.int64)
+    for more in range(TILE // PIECE + 1):
+        listed = more < new
+        piece = (begin + (has + more) * PIECE).masked_fill(~listed, NONE)
+        pieces.scatter_(2, (at + more).masked_fill(~listed, room), piece)
+    return pieces[..., :room].to(torch.int32).contiguous()
 
 
 @dataclass(frozen=True)
 class _TileKeys:
     """What query tiles see. Jobs are numbered ``(b * H + h) * n_tiles + m``."""
 
-    blocks: Tensor
-    """Runs of 64 keys left of each job's tile: int64, one number per job."""
+    listed: Tensor
+    """Keys of the blocks or pieces left of each job's tile: int64, one number per job."""
     singles: Tensor
     """Further single keys left of it."""
     left: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -287,7 +297,7 @@ def _attend(
     kv_heads = heads.long() // (q.shape[1] // k.shape[1])
     # KV head of each job, in the flattened [B * Hkv].
     kv = (torch.arange(batch)[:, None] * k.shape[1] + kv_heads).flatten()
-    n_tiles = len(tiles.blocks) // len(kv)
+    n_tiles = len(tiles.listed) // len(kv)
     q_tiles = _tiles(q.index_select(1, heads))
     k_tiles, v_tiles = _tiles(k[:, :, -n_q:]), _tiles(v[:, :, -n_q:])
     k_rows, v_rows = k.reshape(-1, dim), v.reshape(-1, dim)
@@ -295,7 +305,7 @@ def _attend(
     lse = torch.empty(q_tiles.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
     # Alike jobs together, the longest first: what they gather is padded to the longest of them.
     most_singles = int(tiles.singles.max())
-    order = (tiles.blocks * (most_singles + 1) + tiles.singles).argsort(descending=True)
+    order = (tiles.listed * (most_singles + 1) + tiles.singles).argsort(descending=True)
 
     def run(jobs: Tensor) -> None:
         kv_of_job = kv[jobs // n_tiles]
@@ -318,7 +328,7 @@ def _attend(
     groups: list[Tensor] = []
     begin = 0
     while begin < len(order):
-        width = int(tiles.blocks[order[begin]]) * TILE + most_singles
+        width = int(tiles.listed[order[begin]]) + most_singles
         groups.append(order[begin : begin + max(1, _GATHERED // (dim * max(width, TILE)))])
         begin += len(groups[-1])
     _on_each_thread(run, groups)

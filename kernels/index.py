@@ -12,6 +12,9 @@ from torch import Tensor
 TILE = 64
 """Query rows and key columns of a tile: fixed, so that an index means the same everywhere."""
 
+PIECE = 16
+"""Keys of a piece: bands are cut to whole pieces, ``TILE // PIECE`` of which fill a tile."""
+
 NONE = 2**31 - 1
 """Padding of index rows: larger than any position, so that rows stay sorted."""
 
@@ -22,21 +25,22 @@ class BandIndex:
 
     For a query tile whose first absolute row is ``r0``, a key column left of the tile is
     written as ``e = r0 - 1 - j >= 0``. A slash then covers the same ``e`` for every query
-    tile, so one sorted list of key tiles per head serves all of them and is merely
+    tile, so one sorted list of pieces per head serves all of them and is merely
     truncated at ``e = r0 - 1`` (column 0). Key ``j`` is visible to query ``i`` iff
     ``j <= i`` and one of
 
     * ``j >= r0`` (the query tile itself),
-    * ``t <= e < t + tile`` for some ``t`` in ``tile_starts``,
+    * ``p <= e < p + PIECE`` for some ``p`` in ``pieces``,
     * ``j`` is in ``columns``.
 
-    Shapes: ``heads [H]``, ``tile_starts [B, H, T]``, ``columns [B, H, V]``, all int32.
-    Rows of the last two are strictly ascending, then padded with ``NONE``; the tiles of a
-    row are disjoint.
+    Shapes: ``heads [H]``, ``pieces [B, H, P]``, ``columns [B, H, V]``, all int32. Rows of the
+    last two are strictly ascending, then padded with ``NONE``; the pieces of a row are
+    disjoint, and those that follow each other without a gap, a run, are ``TILE`` keys or more,
+    as the band of a single slash is.
     """
 
     heads: Tensor
-    tile_starts: Tensor
+    pieces: Tensor
     columns: Tensor
     n_k: int
 
@@ -53,7 +57,7 @@ class BandIndex:
 
         Shapes: ``rows [R]`` absolute positions, any order; returns bool ``[B, H, R, end - begin]``.
         """
-        device = self.tile_starts.device
+        device = self.pieces.device
         banded = self.banded()
         is_column = _membership(self.columns, self.n_k)[:, :, begin:end]
         i = rows.to(device)
@@ -75,7 +79,7 @@ class BandIndex:
         return _leading_rows(whole, n_q)
 
     def _first_rows(self, n_q: int) -> Tensor:
-        return _first_rows(n_q, self.n_k, self.tile_starts.device)
+        return _first_rows(n_q, self.n_k, self.pieces.device)
 
     def _visible_left(self, n_q: int) -> Tensor:
         """Number of keys visible left of each query tile, int64 ``[B, H, M]``."""
@@ -100,8 +104,8 @@ class BandIndex:
         return self.visible_pairs(n_q).double() / causal_pairs(n_q, self.n_k)
 
     def banded(self) -> Tensor:
-        """Whether a distance ``e`` lies in a stored tile: bool ``[B, H, n_k]``."""
-        e = self.tile_starts.long()[..., None] + torch.arange(TILE, device=self.tile_starts.device)
+        """Whether a distance ``e`` lies in a stored piece: bool ``[B, H, n_k]``."""
+        e = self.pieces.long()[..., None] + torch.arange(PIECE, device=self.pieces.device)
         return _membership(e.flatten(-2), self.n_k)
 
 
@@ -266,6 +270,11 @@ class PartedIndex:
     def _check_whole(self, n_q: int) -> None:
         if n_q != self.n_k:
             raise ValueError(f"index was built for a whole prompt of {self.n_k}, got n_q = {n_q}")
+
+
+def room_for_pieces(n_offsets: int, n_k: int) -> int:
+    """The most pieces that the bands of so many slashes of a prompt can need."""
+    return min(n_offsets * (TILE // PIECE + 1), max(-(-n_k // PIECE), TILE // PIECE))
 
 
 Index = BandIndex | BlockIndex | PartedIndex

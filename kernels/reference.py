@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minference_green.kernels.index import TILE
+from minference_green.kernels.index import PIECE, TILE
 
 
 def expand_kv(x: Tensor, n_heads: int) -> Tensor:
@@ -95,20 +95,20 @@ def top_positions(scores: Tensor, count: int, forced: int) -> list[int]:
     return sorted(order[: min(count, len(scores))])
 
 
-def cut_tiles(offsets: list[int]) -> list[int]:
-    """Key-tile starts that cover the bands of ascending slash ``offsets``.
+def cut_pieces(offsets: list[int]) -> list[int]:
+    """Starts of the pieces that cover the bands of ascending slash ``offsets``.
 
-    Slash ``o`` needs every ``e`` in ``[o - TILE, o)``, cut at 0, so that all rows of a query
-    tile find it. Tiles are laid from the diagonal outward, each at the first ``e`` not yet
-    covered: the fewest disjoint tiles there can be, at most one per slash.
+    Slash ``o`` needs every ``e`` in ``[o - TILE, o)``, so that all rows of a query tile find it;
+    below ``TILE`` what slash ``TILE`` needs, and 0, the diagonal, nothing. Bands that touch, or
+    are less than a piece apart, are one run, cut from its nearest ``e`` outward.
     """
-    starts: list[int] = []
-    end = 0
-    for o in offsets:
-        if end < o:
-            starts.append(max(end, o - TILE))
-            end = starts[-1] + TILE
-    return starts
+    runs: list[list[int]] = []
+    for o in (max(o, TILE) for o in offsets if o > 0):
+        if runs and o - TILE - runs[-1][1] < PIECE:
+            runs[-1][1] = o
+        else:
+            runs.append([o - TILE, o])
+    return [p for begin, end in runs for p in range(begin, end, PIECE)]
 
 
 def vertical_slash_mask(offsets: list[int], columns: list[int], n_q: int, n_k: int) -> Tensor:

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from minference_green.kernels.index import NONE, TILE, BandIndex, BlockIndex
+from minference_green.kernels.index import NONE, PIECE, TILE, BandIndex, BlockIndex
 
 FORCED_COLUMNS = 30
 """First columns that are always chosen, and the least number of columns (MInference)."""
@@ -65,7 +65,7 @@ def band_index(
     vertical_sizes: Sequence[int],
     slash_sizes: Sequence[int],
     *,
-    cut_tiles: Callable[[Tensor], Tensor],
+    cut_pieces: Callable[[Tensor, int], Tensor],
     choose: Callable[..., tuple[Tensor, Tensor]] = chosen_bands,
 ) -> BandIndex:
     """MInference's vertical-slash choice: each head's best columns and best slashes.
@@ -74,7 +74,7 @@ def band_index(
     and ``min(N, max(slash_size, 50))`` slashes, the first 100 before any other.
 
     Shapes: ``columns`` and ``slashes [B, H, N]`` fp32, ``heads [H]`` int32 query heads, one
-    size per head. ``cut_tiles`` turns ascending slashes into tile starts on their device, and
+    size per head. ``cut_pieces`` turns ascending slashes into pieces on their device, and
     ``choose`` is the device's :func:`chosen_bands`.
     Raises ``ValueError`` if sizes and heads differ in number.
     """
@@ -83,7 +83,7 @@ def band_index(
     best_columns, best_offsets = choose(columns, slashes, verticals, offsets)
     return BandIndex(
         heads=heads,
-        tile_starts=cut_tiles(best_offsets),
+        pieces=cut_pieces(best_offsets, columns.shape[2]),
         columns=best_columns,
         n_k=columns.shape[2],
     )
@@ -102,11 +102,12 @@ def a_shape_index(
     if min(n_locals) < 1:
         raise ValueError(f"n_local must be at least 1, the diagonal, got {min(n_locals)}")
     # The first row of a tile looks n_local - 1 keys back, its other rows less far past it.
-    starts = [range(0, min(n_local - 1, n_k), TILE) for n_local in n_locals]
+    reaches = [min(n_local - 1, n_k) for n_local in n_locals]
+    pieces = [range(0, max(reach, TILE) if reach else 0, PIECE) for reach in reaches]
     columns = [range(min(n_init, n_k)) for n_init in n_inits]
     return BandIndex(
         heads=heads,
-        tile_starts=_padded_rows(starts, batch, heads.device),
+        pieces=_padded_rows(pieces, batch, heads.device),
         columns=_padded_rows(columns, batch, heads.device),
         n_k=n_k,
     )
@@ -118,7 +119,7 @@ def join_bands(first: BandIndex, second: BandIndex) -> BandIndex:
         raise ValueError(f"indices of different lengths: n_k = {first.n_k} and {second.n_k}")
     return BandIndex(
         heads=torch.cat([first.heads, second.heads]),
-        tile_starts=_stack_heads(first.tile_starts, second.tile_starts),
+        pieces=_stack_heads(first.pieces, second.pieces),
         columns=_stack_heads(first.columns, second.columns),
         n_k=first.n_k,
     )

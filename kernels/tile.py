@@ -19,11 +19,20 @@ def load_tile(
     ptr, stride, row, n_rows, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """``ROWS`` rows of one head from any start, ``[ROWS, DIM]``; zero past ``HEAD_DIM``.
+    """``ROWS`` rows of one head from any start; as :func:`load_rows`."""
+    return load_rows(
+        ptr, stride, row + tl.arange(0, ROWS), n_rows, HEAD_DIM, DIM, BOUNDED
+    )  # fmt: skip
+
+
+@triton.jit
+def load_rows(
+    ptr, stride, rows, n_rows, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BOUNDED: tl.constexpr
+):  # fmt: skip
+    """Some rows of one head, ``[len(rows), DIM]``; zero past ``HEAD_DIM``.
 
     ``BOUNDED``: rows below 0 or from ``n_rows`` on are zero and not read.
     """
-    rows = row + tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)
     at = ptr + rows[:, None].to(tl.int64) * stride + dims[None, :]
     if BOUNDED:

@@ -2,12 +2,13 @@
 
 A query tile visits three kinds of key tiles; ``e`` counts columns leftward from it::
 
-                column 0          e = 127 .. 64   63 .. 0 | r0 .. r0+63
-                | edge |    full tiles of the band        | edge
-                |  gathered columns, wherever they lie    |
+                column 0            e = 79 .. 64   15 .. 0 | r0 .. r0+63
+                | edge |   pieces of the band, in fours    | edge
+                |  gathered columns, wherever they lie     |
 
-Edge tiles are masked: the diagonal one by causality, the other, if there is one, by column 0.
-A gathered column that a band tile already covers is masked, so that no key counts twice.
+Four pieces, wherever they lie, fill a tile. Edge tiles are masked: the diagonal one by causality,
+the other, if there is one, to the pieces that are left and by column 0. A gathered column that a
+piece already covers is masked, so that no key counts twice.
 """
 
 import torch
@@ -16,17 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from minference_green.kernels import tile
-from minference_green.kernels.index import NONE, TILE, BandIndex
-from minference_green.kernels.tile import attend_tile, load_tile, store_rows
+from minference_green.kernels.index import NONE, PIECE, TILE, BandIndex
+from minference_green.kernels.tile import attend_tile, load_rows, load_tile, store_rows
 
-NO_TILE: tl.constexpr = tl.constexpr(NONE)
+NO_PIECE: tl.constexpr = tl.constexpr(NONE)
 # A kernel is compiled once, not again for lengths that happen to divide by 16.
-LENGTHS = ("n_q", "n_k", "n_starts", "n_columns", "n_words", "group")
+LENGTHS = ("n_q", "n_k", "n_pieces", "n_columns", "n_words", "group")
 
 
 @triton.jit
 def uncovered(columns_ptr, n_left, r0, bits_ptr, TILE: tl.constexpr):
-    """Which of ``TILE`` gathered columns, the first ``n_left`` left of r0, no band tile covers."""
+    """Which of ``TILE`` gathered columns, the first ``n_left`` left of r0, no piece covers."""
     lane = tl.arange(0, TILE)
     left = lane < n_left
     e = r0 - 1 - tl.load(columns_ptr + lane, left, 0)
@@ -37,13 +38,14 @@ def uncovered(columns_ptr, n_left, r0, bits_ptr, TILE: tl.constexpr):
 @triton.jit(do_not_specialize=LENGTHS)
 def _band_kernel(
     q_ptr, k_ptr, v_ptr, column_k_ptr, column_v_ptr, out_ptr, lse_ptr,
-    heads_ptr, starts_ptr, columns_ptr, bits_ptr, n_full_ptr, n_left_ptr,
+    heads_ptr, pieces_ptr, columns_ptr, bits_ptr, n_seen_ptr, n_whole_ptr, n_left_ptr,
     q_batch: tl.int64, q_head: tl.int64, q_row: tl.int64,
     k_batch: tl.int64, k_head: tl.int64, k_row: tl.int64,
     v_batch: tl.int64, v_head: tl.int64, v_row: tl.int64,
     out_batch: tl.int64, out_head: tl.int64, out_row: tl.int64,
-    n_q, n_k, n_starts, n_columns, n_words, group, qk_scale,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, HAS_LSE: tl.constexpr,
+    n_q, n_k, n_pieces, n_columns, n_words, group, qk_scale,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, PIECE: tl.constexpr,
+    HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     # The last query tiles have the most work: they start first.
     m = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -64,23 +66,27 @@ def _band_kernel(
     row_sum = tl.zeros([TILE], tl.float32)
 
     # Edge tiles, the diagonal first: every row sees itself, so its maximum is finite from there.
-    # Band tiles are disjoint, so at most one reaches past column 0.
-    starts_ptr += listed * n_starts
-    n_full = tl.load(n_full_ptr + listed * tl.num_programs(0) + m)
-    edge = tl.load(starts_ptr + n_full, n_full < n_starts, NO_TILE)
-    row = r0
-    for _ in tl.range(0, 1 + (edge < r0).to(tl.int32), num_stages=1):
-        k = load_tile(k_ptr, k_row, row, n_k, HEAD_DIM, TILE, DIM, True)
-        v = load_tile(v_ptr, v_row, row, n_k, HEAD_DIM, TILE, DIM, True)
-        j = row + lane
+    # Pieces are disjoint, so at most one reaches past column 0, and the other edge is one tile.
+    pieces_ptr += listed * n_pieces
+    at = listed * tl.num_programs(0) + m
+    n_seen = tl.load(n_seen_ptr + at)
+    n_full = tl.load(n_whole_ptr + at) * PIECE // TILE
+    edge = n_full * (TILE // PIECE) + lane // PIECE
+    edge = r0 - PIECE - tl.load(pieces_ptr + edge, edge < n_seen, NO_PIECE) + lane % PIECE
+    j = r0 + lane
+    for _ in tl.range(0, 1 + (n_full * (TILE // PIECE) < n_seen).to(tl.int32), num_stages=1):
+        k = load_rows(k_ptr, k_row, j, n_k, HEAD_DIM, DIM, True)
+        v = load_rows(v_ptr, v_row, j, n_k, HEAD_DIM, DIM, True)
         seen = (j[None, :] <= (r0 + lane)[:, None]) & (j >= 0)[None, :]
         acc, row_max, row_sum = attend_tile(acc, row_max, row_sum, q, k, v, qk_scale, seen, True)
-        row = r0 - TILE - edge
+        j = edge
 
+    before = r0 - PIECE + lane % PIECE
+    own_ptr = pieces_ptr + lane // PIECE
     for i in range(n_full):
-        row = r0 - TILE - tl.load(starts_ptr + i)
-        k = load_tile(k_ptr, k_row, row, n_k, HEAD_DIM, TILE, DIM, False)
-        v = load_tile(v_ptr, v_row, row, n_k, HEAD_DIM, TILE, DIM, False)
+        j = before - tl.load(own_ptr + i * (TILE // PIECE))
+        k = load_rows(k_ptr, k_row, j, n_k, HEAD_DIM, DIM, False)
+        v = load_rows(v_ptr, v_row, j, n_k, HEAD_DIM, DIM, False)
         acc, row_max, row_sum = attend_tile(acc, row_max, row_sum, q, k, v, qk_scale, None, False)
 
     columns_ptr += listed * n_columns
@@ -100,39 +106,33 @@ def _band_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("n_starts", "n_words"))
-def _mark_kernel(starts_ptr, bits_ptr, n_starts, n_words, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """Set bit ``e`` for every ``e`` under a band tile; a tile touches three words at most."""
+@triton.jit(do_not_specialize=("n_pieces", "n_words"))
+def _mark_kernel(pieces_ptr, bits_ptr, n_pieces, n_words, PIECE: tl.constexpr, BLOCK: tl.constexpr):
+    """Set bit ``e`` for every ``e`` under a piece, which touches two words at most."""
     listed = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    start = tl.load(starts_ptr + listed * n_starts + i, i < n_starts, NO_TILE)
-    first = start >> 5
-    shift = start & 31
-    ones = tl.full([BLOCK], -1, tl.int32)
+    piece = tl.load(pieces_ptr + listed * n_pieces + i, i < n_pieces, NO_PIECE)
+    both = tl.full([BLOCK], (1 << PIECE) - 1, tl.int64) << (piece & 31)
     bits_ptr += listed * n_words
-    for word in tl.static_range(TILE // 32 + 1):
-        mask = ones
-        if word == 0:
-            mask = ones << shift
-        if word == TILE // 32:
-            mask = (1 << shift) - 1
-        at = first + word
-        tl.atomic_or(bits_ptr + at, mask, (start != NO_TILE) & (at < n_words))
+    for word in tl.static_range(2):
+        at = (piece >> 5) + word
+        mask = (both >> (32 * word)).to(tl.int32)
+        tl.atomic_or(bits_ptr + at, mask, (piece != NO_PIECE) & (mask != 0) & (at < n_words))
 
 
-def _band_bits(tile_starts: Tensor, n_k: int) -> Tensor:
-    """Bits ``[B, H, W]`` int32: whether a distance ``e`` lies under a band tile.
+def _band_bits(pieces: Tensor, n_k: int) -> Tensor:
+    """Bits ``[B, H, W]`` int32: whether a distance ``e`` lies under a piece.
 
     The second tile of a pair may lie wholly past the last query; it is computed, not stored, and
     asks for distances up to ``n_k + TILE - 2``.
     """
-    batch, heads, n_starts = tile_starts.shape
+    batch, heads, n_pieces = pieces.shape
     n_words = triton.cdiv(n_k + TILE, 32)
-    bits = torch.zeros(batch, heads, n_words, dtype=torch.int32, device=tile_starts.device)
-    if n_starts:
+    bits = torch.zeros(batch, heads, n_words, dtype=torch.int32, device=pieces.device)
+    if n_pieces:
         block = 128
-        _mark_kernel[(triton.cdiv(n_starts, block), batch * heads)](
-            tile_starts, bits, n_starts, n_words, TILE=TILE, BLOCK=block, num_warps=4
+        _mark_kernel[(triton.cdiv(n_pieces, block), batch * heads)](
+            pieces, bits, n_pieces, n_words, PIECE=PIECE, BLOCK=block, num_warps=4
         )
     return bits
 
@@ -239,14 +239,14 @@ def band_attention(
     batch, _, n_q, head_dim = q.shape
     n_k, n_heads = k.shape[2], len(index.heads)
     tile.check_index("heads", index.heads, (None,), q)
-    tile.check_index("tile_starts", index.tile_starts, (batch, n_heads, None), q)
+    tile.check_index("pieces", index.pieces, (batch, n_heads, None), q)
     tile.check_index("columns", index.columns, (batch, n_heads, None), q)
     lse = tile.new_lse(q, index.heads, return_lse)
 
-    heads, tile_starts, columns = index.heads, index.tile_starts, index.columns
+    heads, pieces, columns = index.heads, index.pieces, index.columns
     group = q.shape[1] // k.shape[1]
     column_k, column_v = _gather(k, v, heads, columns, group)
-    bits = _band_bits(tile_starts, n_k)
+    bits = _band_bits(pieces, n_k)
     why_not = None if pairs is False else _pairs_refusal(q=q, k=k, v=v)
     if pairs and why_not:
         raise ValueError(f"pairs {why_not}; leave pairs out")
@@ -255,21 +255,22 @@ def band_attention(
         from minference_green.kernels import band_pair
 
         band_pair.attend_pairs(
-            q, k, v, column_k, column_v, out, lse, heads, tile_starts, columns, bits,
+            q, k, v, column_k, column_v, out, lse, heads, pieces, columns, bits,
             scale=scale, has_lse=return_lse,
         )  # fmt: skip
         return (out, lse) if return_lse else out
     n_tiles = triton.cdiv(n_q, TILE)
-    # A tile is whole if it ends before column 0: start + TILE <= r0.
-    n_full = tile.count_below(tile_starts, n_k - n_q - TILE + 1, TILE, n_tiles)
+    n_seen = tile.count_below(pieces, n_k - n_q, TILE, n_tiles)
+    # A piece is whole if it ends before column 0: piece + PIECE <= r0.
+    n_whole = tile.count_below(pieces, n_k - n_q - PIECE + 1, TILE, n_tiles)
     n_left = tile.count_below(columns, n_k - n_q, TILE, n_tiles)
     _band_kernel[(n_tiles, n_heads, batch)](
         q, k, v, column_k, column_v, out, lse,
-        heads, tile_starts, columns, bits, n_full, n_left,
+        heads, pieces, columns, bits, n_seen, n_whole, n_left,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        n_q, n_k, tile_starts.shape[2], columns.shape[2], bits.shape[2], group,
+        n_q, n_k, pieces.shape[2], columns.shape[2], bits.shape[2], group,
         scale * tile.LOG2_E,
-        HEAD_DIM=head_dim, DIM=tile.padded(head_dim), TILE=TILE, HAS_LSE=return_lse,
+        HEAD_DIM=head_dim, DIM=tile.padded(head_dim), TILE=TILE, PIECE=PIECE, HAS_LSE=return_lse,
         **tile.launch_options(head_dim, q.device),
     )  # fmt: skip
     return (out, lse) if return_lse else out

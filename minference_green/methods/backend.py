@@ -25,7 +25,7 @@ class Kernels:
     tile_shares: Callable[..., Tensor]
     listed_index: Callable[..., BlockIndex]
     chosen_bands: Callable[..., tuple[Tensor, Tensor]]
-    cut_tiles: Callable[[Tensor], Tensor]
+    cut_pieces: Callable[[Tensor, int], Tensor]
     band_attention: Callable[..., Any]
     block_attention: Callable[..., Any]
 
@@ -43,7 +43,7 @@ def kernels_for(device: torch.device) -> Kernels:
                 tile_shares=cpu.tile_shares,
                 listed_index=selection.listed_index,
                 chosen_bands=selection.chosen_bands,
-                cut_tiles=cpu.cut_tiles,
+                cut_pieces=cpu.cut_pieces,
                 band_attention=cpu.band_attention,
                 block_attention=cpu.block_attention,
             )
@@ -75,7 +75,7 @@ def _triton_kernels() -> Kernels:
         tile_shares=probe.tile_shares,
         listed_index=best_blocks.listed_index,
         chosen_bands=top.chosen_bands,
-        cut_tiles=cut.cut_tiles,
+        cut_pieces=cut.cut_pieces,
         band_attention=vertical_slash.band_attention,
         block_attention=block_sparse.block_attention,
     )

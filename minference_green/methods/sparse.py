@@ -217,7 +217,7 @@ class _Layer:
                 self._heads(self.vertical_slash),
                 [p.vertical_size for p in patterns],
                 [p.slash_size for p in patterns],
-                cut_tiles=self.kernels.cut_tiles,
+                cut_pieces=self.kernels.cut_pieces,
                 choose=self.kernels.chosen_bands,
             )
             for columns, slashes in scores.masses

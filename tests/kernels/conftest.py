@@ -104,12 +104,12 @@ def band_index(device: str) -> Callable[..., BandIndex]:
         heads: Sequence[int] | None = None,
     ) -> BandIndex:
         """From slashes and columns per batch and listed head."""
-        tiles = [[reference.cut_tiles(sorted(set(o))) for o in row] for row in offsets]
+        pieces = [[reference.cut_pieces(sorted(set(o))) for o in row] for row in offsets]
         cols = [[sorted(set(c)) for c in row] for row in columns]
-        listed = list(range(len(tiles[0]))) if heads is None else list(heads)
+        listed = list(range(len(pieces[0]))) if heads is None else list(heads)
         return BandIndex(
             heads=torch.tensor(listed, dtype=torch.int32, device=device),
-            tile_starts=_padded(tiles, device),
+            pieces=_padded(pieces, device),
             columns=_padded(cols, device),
             n_k=n_k,
         )

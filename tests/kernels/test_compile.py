@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minference_green.kernels.index import TILE
+from minference_green.kernels.index import PIECE, TILE
 from minference_green.kernels.tile import launch_options, padded
 
 pytestmark = pytest.mark.skipif(
@@ -47,9 +47,12 @@ class Resources:
         )
 
 
-def signature(kernel: Any, constants: dict[str, Any], descriptor: str) -> dict[str, str]:
+def signature(
+    kernel: Any, constants: dict[str, Any], descriptors: dict[str, str]
+) -> dict[str, str]:
     """Argument types by name, as the launchers pass them in bfloat16."""
-    int32 = {"heads", "starts", "columns", "bits", "n_full", "n_left", "blocks", "lists", "rows"}
+    int32 = {"heads", "starts", "columns", "bits", "pieces", "n_left", "blocks", "lists", "rows"}
+    int32 |= {"n_seen", "n_whole"}
     int32 |= {"shared", "first", "second", "first_left", "second_left", "offsets", "counts"}
     int32 |= {"histogram", "known", "totals", "best_columns", "best_slashes", "lengths"}
     float32 = {"lse", "partial", "mean", "masses", "shares", "scores", "slashes"}
@@ -60,7 +63,7 @@ def signature(kernel: Any, constants: dict[str, Any], descriptor: str) -> dict[s
         if name in constants:
             types[name] = "constexpr"
         elif name.endswith("_desc"):
-            types[name] = descriptor
+            types[name] = descriptors.get(name) or descriptors["other"]
         elif parameter.annotation_type:
             types[name] = parameter.annotation_type
         elif name.endswith("_ptr"):
@@ -80,9 +83,9 @@ def compiled(
     constants: dict[str, Any],
     options: dict[str, Any],
     source: Any = ASTSource,
-    descriptor: str = "",
+    descriptors: dict[str, str] | None = None,
 ) -> Resources:
-    types = signature(kernel, constants, descriptor)
+    types = signature(kernel, constants, descriptors or {})
     aligned = [n for n, type_ in types.items() if type_ == "i64" or type_.startswith("*")]
     built = triton.compile(
         source(
@@ -133,7 +136,8 @@ def test_attention_runs_two_programs_on_a_multiprocessor_without_spills(name, ca
     kernel = {"band": vertical_slash._band_kernel, "block": block_sparse._block_kernel}[name]
     stages = 3 if capability == HOPPER else 2
     options = {**launch_options(128, CPU), "num_stages": stages}
-    got = compiled(kernel, capability, tmp_path, sizes(128, HAS_LSE=True), options)
+    constants = sizes(128, HAS_LSE=True, **({"PIECE": PIECE} if name == "band" else {}))
+    got = compiled(kernel, capability, tmp_path, constants, options)
     assert got.spills == []
     assert got.resident(capability) >= 2
     assert uses_tensor_cores(got.sass, capability)
@@ -144,7 +148,7 @@ def test_attention_of_smaller_head_dimensions_does_not_spill(head_dim, tmp_path)
     from minference_green.kernels import vertical_slash
 
     options = {**launch_options(head_dim, CPU), "num_stages": 3}
-    constants = sizes(head_dim, HAS_LSE=False)
+    constants = sizes(head_dim, HAS_LSE=False, PIECE=PIECE)
     got = compiled(vertical_slash._band_kernel, HOPPER, tmp_path, constants, options)
     assert got.spills == []
     assert got.resident(HOPPER) >= 2
@@ -156,7 +160,7 @@ def test_attention_of_the_largest_head_dimension_fits(tmp_path):
     from minference_green.kernels import vertical_slash
 
     options = launch_options(256, CPU)
-    constants = sizes(256, HAS_LSE=False)
+    constants = sizes(256, HAS_LSE=False, PIECE=PIECE)
     got = compiled(vertical_slash._band_kernel, HOPPER, tmp_path, constants, options)
     assert len(got.spills) <= 32
     assert got.resident(HOPPER) >= 1
@@ -249,10 +253,10 @@ def test_small_kernels_do_not_spill(tmp_path):
         (rest._rotate_kernel, half, 4),
         (estimate._block_mean_kernel, sizes(128), 4),
         (vertical_slash._gather_kernel, sizes(128), 4),
-        (vertical_slash._mark_kernel, {"TILE": TILE, "BLOCK": 128}, 4),
+        (vertical_slash._mark_kernel, {"PIECE": PIECE, "BLOCK": 128}, 4),
         (tile._count_kernel, {"BLOCK": 128}, 4),
-        (band_pair._split_kernel, {"TILE": TILE, "BLOCK": 1024}, 8),
-        (cut._cut_kernel, {"TILE": TILE}, 1),
+        (band_pair._split_kernel, {"TILE": TILE, "PIECE": PIECE, "BLOCK": 1024}, 8),
+        (cut._cut_kernel, {"TILE": TILE, "PIECE": PIECE, "BLOCK": cut.BLOCK}, 4),
     ]
     for kernel, constants, num_warps in cases:
         got = compiled(kernel, HOPPER, tmp_path, constants, {"num_warps": num_warps})
@@ -287,15 +291,24 @@ def test_the_pair_kernel_copies_by_descriptor_and_fits(head_dim, tmp_path):
 
     from minference_green.kernels import band_pair
 
-    layout = gl.NVMMASharedLayout.get_default_for([1, 1, TILE, head_dim], gl.bfloat16)
+    def descriptor(rows: int, width: int) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], gl.bfloat16)
+        return f"tensordesc<bf16[1, 1, {rows}, {width}],{layout!r}>"
+
+    piece = descriptor(PIECE, band_pair.SWIZZLE)
+    pieces = {"PIECE": PIECE, "SWIZZLE": band_pair.SWIZZLE}
     got = compiled(
         band_pair._pair_kernel,
         HOPPER,
         tmp_path,
-        sizes(head_dim, HAS_LSE=True, RING=band_pair.RING),
+        sizes(head_dim, HAS_LSE=True, RING=band_pair.RING, **pieces),
         {"num_warps": 4, "maxnreg": band_pair.REGISTERS},
         source=GluonASTSource,
-        descriptor=f"tensordesc<bf16[1, 1, {TILE}, {head_dim}],{layout!r}>",
+        descriptors={
+            "piece_k_desc": piece,
+            "piece_v_desc": piece,
+            "other": descriptor(TILE, head_dim),
+        },
     )
     # Two groups of four warps and a producer, whose group counts as whole.
     assert got.registers * 12 * 32 <= REGISTERS

@@ -53,10 +53,10 @@ def a_band(n_k: int, heads: Sequence[int] = (4, 0, 3)) -> BandIndex:
     g = torch.Generator().manual_seed(n_k)
     columns = torch.randperm(n_k, generator=g)[: n_k // 4].sort().values.tolist()
     offsets = torch.randperm(n_k, generator=g)[: n_k // 60 + 1].sort().values.tolist()
-    tiles = [reference.cut_tiles(offsets), reference.cut_tiles([n_k // 2]), []]
+    tiles = [reference.cut_pieces(offsets), reference.cut_pieces([n_k // 2]), []]
     return BandIndex(
         heads=torch.tensor(heads, dtype=torch.int32),
-        tile_starts=padded(tiles),
+        pieces=padded(tiles),
         columns=padded([columns, columns[:2], []]),
         n_k=n_k,
     )
@@ -142,7 +142,7 @@ def test_planted_structure_is_found_and_followed(dtype: torch.dtype) -> None:
     q, k, v = structured(1000, dtype)
     heads = torch.arange(6, dtype=torch.int32)
     columns, slashes = cpu.row_scores(q, k, heads, range(936, 1000), scale=0.125)
-    index = band_index(columns, slashes, heads, [40] * 6, [103] * 6, cut_tiles=cpu.cut_tiles)
+    index = band_index(columns, slashes, heads, [40] * 6, [103] * 6, cut_pieces=cpu.cut_pieces)
     assert index.density(1000).max() < 0.6
     out = cpu.band_attention(q, k, v, index, scale=0.125)
     want, _ = exact((q, k, v), index)
@@ -303,10 +303,11 @@ def test_block_means_are_the_oracles(n: int, dtype: torch.dtype) -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 3000), unique=True).map(sorted), min_size=1, max_size=3))
-def test_tiles_are_cut_like_the_oracles(offsets: list[list[int]]) -> None:
-    rows = padded(offsets)
-    want = padded([*map(reference.cut_tiles, offsets), *offsets])[:, : len(offsets)]
-    assert torch.equal(cpu.cut_tiles(rows), want)
+def test_bands_are_cut_like_the_oracles(offsets: list[list[int]]) -> None:
+    pieces = cpu.cut_pieces(padded(offsets)[:1], 3001)
+    for got, row in zip(pieces[0], offsets, strict=True):
+        assert got[got != NONE].tolist() == reference.cut_pieces(row)
+        assert (got.diff() >= 0).all()
 
 
 def test_inputs_that_do_not_fit_are_refused_with_their_values() -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minference_green.kernels.index import NONE, TILE, BandIndex, BlockIndex, causal_pairs
+from minference_green.kernels.index import NONE, PIECE, TILE, BandIndex, BlockIndex, causal_pairs
 
 # One row; less than a tile; a tile less, exactly, and more by one; an odd width; several
 # tiles; queries that begin inside a key tile, at a tile, and late in a longer sequence.
@@ -23,14 +23,15 @@ def rows(*lists: list[int]) -> Tensor:
 
 
 def random_band(n_k: int, seed: int) -> BandIndex:
-    """Three heads: scattered tiles and columns, tiles alone with gaps of one, nothing at all."""
+    """Three heads: scattered runs and columns, pieces alone with gaps of one, nothing at all."""
     g = torch.Generator().manual_seed(seed)
-    scattered = [t * 90 + 13 for t in range(n_k // 90 + 1) if torch.rand(1, generator=g) < 0.6]
-    close = list(range(0, n_k, TILE + 1))
+    runs = [r * 90 + 13 for r in range(n_k // 90 + 1) if torch.rand(1, generator=g) < 0.6]
+    scattered = [p for r in runs for p in range(r, r + TILE, PIECE)]
+    close = list(range(0, n_k, PIECE + 1))
     columns = torch.randperm(n_k, generator=g)[: n_k // 5].sort().values.tolist()
     return BandIndex(
         heads=torch.arange(3, dtype=torch.int32),
-        tile_starts=rows(scattered, close, []),
+        pieces=rows(scattered, close, []),
         columns=rows(columns, [], []),
         n_k=n_k,
     )
@@ -60,14 +61,14 @@ def test_a_band_mask_is_its_definition_pair_by_pair(n_q: int, n_k: int) -> None:
     index = random_band(n_k, seed=n_q)
     mask = index.mask(n_q, n_k)
     for head in range(3):
-        starts = [t for t in index.tile_starts[0, head].tolist() if t != NONE]
+        starts = [p for p in index.pieces[0, head].tolist() if p != NONE]
         columns = set(index.columns[0, head].tolist())
         for r in range(n_q):
             i = n_k - n_q + r
             r0 = n_k - n_q + r // TILE * TILE
             want = [
                 j <= i
-                and (j >= r0 or any(t <= r0 - 1 - j < t + TILE for t in starts) or j in columns)
+                and (j >= r0 or any(p <= r0 - 1 - j < p + PIECE for p in starts) or j in columns)
                 for j in range(n_k)
             ]
             assert mask[0, head, r].tolist() == want
@@ -160,7 +161,7 @@ def test_counting_the_pairs_of_a_million_tokens_stays_in_memory() -> None:
     head = torch.zeros(1, dtype=torch.int32)
     band = BandIndex(
         head,
-        torch.arange(0, window, TILE, dtype=torch.int32)[None, None],
+        torch.arange(0, window, PIECE, dtype=torch.int32)[None, None],
         torch.arange(sinks, dtype=torch.int32)[None, None],
         n_k=n,
     )

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from minference_green.kernels.index import NONE, BandIndex, PartedIndex, causal_pairs
+from minference_green.kernels.index import NONE, PIECE, TILE, BandIndex, PartedIndex, causal_pairs
 
 
 def band(n_k: int, starts: list[int], columns: list[int]) -> BandIndex:
-    """Two heads: the given tiles and columns, and every tile."""
-    everything = list(range(0, n_k, 64))
+    """Two heads: runs of one tile and the given columns, and everything."""
+    pieces = [p for start in starts for p in range(start, start + TILE, PIECE)]
+    everything = list(range(0, n_k, PIECE))
 
     def padded(first: list[int], second: list[int]) -> Tensor:
         width = max(len(first), len(second))
@@ -17,7 +18,7 @@ def band(n_k: int, starts: list[int], columns: list[int]) -> BandIndex:
         return torch.tensor([rows], dtype=torch.int32)
 
     heads = torch.tensor([3, 1], dtype=torch.int32)
-    return BandIndex(heads, padded(starts, everything), padded(columns, []), n_k)
+    return BandIndex(heads, padded(pieces, everything), padded(columns, []), n_k)
 
 
 PARTS = (band(128, [0], []), band(256, [], [5, 70]), band(300, [30], [0, 200]))

@@ -1,6 +1,5 @@
 """The oracles themselves, against definitions written out another way and worked examples."""
 
-import itertools
 import math
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from minference_green.kernels import reference
-from minference_green.kernels.index import TILE
+from minference_green.kernels.index import PIECE, TILE, room_for_pieces
 
 
 def test_attention_over_the_causal_mask_is_dense_attention() -> None:
@@ -107,35 +106,42 @@ def test_forced_positions_come_before_any_score() -> None:
     assert reference.top_positions(scores, 1, 2) == [0]
 
 
-def test_tiles_are_cut_as_worked_out_by_hand() -> None:
+def test_bands_are_cut_as_worked_out_by_hand() -> None:
     """Slash 0 lies in the query tile; 1 to 64 need [0, 64); 65 needs [1, 65), so one more."""
-    assert reference.cut_tiles([]) == []
-    assert reference.cut_tiles([0]) == []
-    assert reference.cut_tiles([1]) == [0]
-    assert reference.cut_tiles([0, 1, 64]) == [0]
-    assert reference.cut_tiles([1, 65]) == [0, 64]
-    assert reference.cut_tiles([300]) == [236]
-    assert reference.cut_tiles([300, 310]) == [236, 300]
-    # The tile laid for 310 ends at 364 and so reaches into the band of 400.
-    assert reference.cut_tiles([300, 310, 400]) == [236, 300, 364]
+    four = [0, 16, 32, 48]
+    assert reference.cut_pieces([]) == []
+    assert reference.cut_pieces([0]) == []
+    assert reference.cut_pieces([1]) == four
+    assert reference.cut_pieces([0, 1, 64]) == four
+    assert reference.cut_pieces([1, 65]) == [*four, 64]
+    assert reference.cut_pieces([300]) == [236, 252, 268, 284]
+    assert reference.cut_pieces([300, 316]) == [236, 252, 268, 284, 300]
+    assert reference.cut_pieces([300, 317]) == [236, 252, 268, 284, 300, 316]
+    # 379 begins at 315, less than a piece behind the end of 300; 380 begins a run of its own.
+    assert reference.cut_pieces([300, 379]) == list(range(236, 379, 16))
+    assert reference.cut_pieces([300, 380]) == [*range(236, 300, 16), *range(316, 380, 16)]
 
 
 @given(st.lists(st.integers(0, 2000), unique=True).map(sorted))
-def test_tiles_are_disjoint_and_cover_every_band(offsets: list[int]) -> None:
-    tiles = reference.cut_tiles(offsets)
-    covered = {e for t in tiles for e in range(t, t + TILE)}
-    assert len(covered) == TILE * len(tiles)
-    assert tiles == sorted(tiles)
+def test_pieces_are_disjoint_cover_every_band_and_come_in_runs_of_a_tile(
+    offsets: list[int],
+) -> None:
+    pieces = reference.cut_pieces(offsets)
+    covered = {e for p in pieces for e in range(p, p + PIECE)}
+    assert len(covered) == PIECE * len(pieces)
+    assert pieces == sorted(pieces)
     assert {e for o in offsets for e in range(max(0, o - TILE), o)} <= covered
+    begins = [p for p in pieces if p - 1 not in covered]
+    assert all(set(range(p, p + TILE)) <= covered for p in begins)
+    assert len(pieces) <= room_for_pieces(len(offsets), max(offsets, default=0) + 1)
 
 
-@given(st.lists(st.integers(0, 400), unique=True, max_size=6).map(sorted))
-def test_no_fewer_tiles_could_cover_the_bands(offsets: list[int]) -> None:
-    """Greedy from the diagonal: each tile begins at a needed e, and no tile covers two such."""
-    tiles = reference.cut_tiles(offsets)
-    needed = {e for o in offsets for e in range(max(0, o - TILE), o)}
-    assert all(t in needed for t in tiles)
-    assert all(b - a >= TILE for a, b in itertools.pairwise(tiles))
+@given(st.lists(st.integers(TILE, 900), unique=True, max_size=8).map(sorted))
+def test_a_run_holds_less_than_a_piece_a_band_beyond_what_bands_need(offsets: list[int]) -> None:
+    needed = {e for o in offsets for e in range(o - TILE, o)}
+    assert len(reference.cut_pieces(offsets)) * PIECE - len(needed) < PIECE * len(offsets) or (
+        not offsets
+    )
 
 
 def test_chosen_slashes_and_columns_are_visible_and_nothing_else() -> None:

@@ -92,14 +92,14 @@ def test_a_band_index_holds_the_best_columns_and_the_bands_of_the_best_slashes(n
     g = torch.Generator().manual_seed(n)
     columns, slashes = torch.rand(2, 2, 3, n, generator=g)
     verticals, offsets = [1, 35, 200], [0, 77, 150]
-    index = band_index(columns, slashes, heads_of(3), verticals, offsets, cut_tiles=cpu.cut_tiles)
+    index = band_index(columns, slashes, heads_of(3), verticals, offsets, cut_pieces=cpu.cut_pieces)
     assert index.n_k == n
     for b in range(2):
         for h in range(3):
             i_v = reference.top_positions(columns[b, h], max(verticals[h], 30), 30)
             i_s = reference.top_positions(slashes[b, h], max(offsets[h], 50), 100)
             assert chosen(index.columns[b, h]) == i_v
-            assert chosen(index.tile_starts[b, h]) == reference.cut_tiles(i_s)
+            assert chosen(index.pieces[b, h]) == reference.cut_pieces(i_s)
 
 
 @pytest.mark.parametrize(("n_q", "n_k"), [(1, 1), (65, 65), (300, 300), (111, 300), (700, 1000)])
@@ -108,7 +108,9 @@ def test_a_band_index_sees_every_chosen_slash_and_column_and_every_diagonal(
 ) -> None:
     g = torch.Generator().manual_seed(n_k)
     columns, slashes = torch.rand(2, 1, 2, n_k, generator=g)
-    index = band_index(columns, slashes, heads_of(2), [40, 60], [120, 60], cut_tiles=cpu.cut_tiles)
+    index = band_index(
+        columns, slashes, heads_of(2), [40, 60], [120, 60], cut_pieces=cpu.cut_pieces
+    )
     mask = index.mask(n_q, n_k)
     for h, (v, s) in enumerate([(40, 120), (60, 60)]):
         i_v = reference.top_positions(columns[0, h], v, 30)
@@ -218,9 +220,9 @@ def test_nothing_between_scores_and_index_asks_for_a_value() -> None:
     """On the meta device there are no values: a host sync would raise."""
     scores = torch.zeros(1, 2, 1000, device="meta")
     heads = to_device([0, 1], scores.device)
-    band = band_index(scores, scores, heads, [40, 300], [60, 200], cut_tiles=lambda x: x)
+    band = band_index(scores, scores, heads, [40, 300], [60, 200], cut_pieces=lambda x, n_k: x)
     both = join_bands(band, a_shape_index(heads, [4, 8], [64, 999], batch=1, n_k=1000))
-    assert both.tile_starts.shape == (1, 4, 200)
+    assert both.pieces.shape == (1, 4, 200)
     means = torch.zeros(1, 2, 16, 8, device="meta")
     block = block_index(means, means, heads, [3, 5], scale=1.0, n_q=1000, n_k=1000)
     assert block.starts.shape == (1, 2, 17)
@@ -250,6 +252,6 @@ def test_scoring_a_million_tokens_of_blocks_stays_in_memory() -> None:
 
 def test_an_index_of_one_token_sees_it() -> None:
     scores = torch.ones(1, 1, 1)
-    index = band_index(scores, scores, heads_of(1), [1000], [6096], cut_tiles=cpu.cut_tiles)
+    index = band_index(scores, scores, heads_of(1), [1000], [6096], cut_pieces=cpu.cut_pieces)
     assert isinstance(index, BandIndex)
     assert index.mask(1, 1).item() is True

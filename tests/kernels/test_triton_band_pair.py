@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minference_green.kernels import reference
-from minference_green.kernels.band_pair import LONG_WALK, programs, split_starts
-from minference_green.kernels.index import NONE, TILE
+from minference_green.kernels.band_pair import LONG_WALK, programs, split_pieces
+from minference_green.kernels.index import NONE, PIECE, TILE
 from minference_green.kernels.vertical_slash import _band_bits, band_attention
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -31,26 +31,35 @@ def run(prompt, index):
     )  # fmt: skip
 
 
+def keys_of(starts, size):
+    return {e for start in starts for e in range(start, start + size)}
+
+
 @settings(max_examples=40, deadline=None)
 @given(offsets=st.sets(st.integers(0, 900), max_size=300))
-def test_starts_split_into_what_two_query_tiles_share_and_what_each_visits_alone(offsets, padded):
-    """Counted from the first tile of a pair, the second visits every start 64 earlier."""
-    starts = reference.cut_tiles(sorted(offsets))
-    shared, first, second = split_starts(padded([[starts]]))[:, 0, 0].tolist()
+def test_pieces_split_into_what_two_query_tiles_share_and_what_each_visits_alone(offsets, padded):
+    """Counted from the first tile of a pair, the second visits every key 64 earlier."""
+    pieces = reference.cut_pieces(sorted(offsets))
+    shared, first, second = split_pieces(padded([[pieces]]))[:, 0, 0].tolist()
     shared, first, second = ([x for x in row if x != NONE] for row in (shared, first, second))
     assert [shared, first, second] == [sorted(x) for x in (shared, first, second)]
-    visits = {start - 64 for start in starts}
-    assert set(shared) == set(starts) & visits
-    assert set(first) == set(starts) - visits
-    assert {start - 64 for start in second} == visits - set(starts) - {-64}
+    visits, both = keys_of(pieces, PIECE), keys_of(shared, PIECE)
+    first, second = keys_of(first, TILE), keys_of(second, TILE)
+    assert both | first == visits
+    assert len(both) + len(first) == len(visits)
+    # The second's own tile before a run at 0 is the first's diagonal.
+    second |= set(range(TILE)) if 0 in visits else set()
+    later = {e + TILE for e in both}
+    assert later | second == visits
+    assert len(later) + len(second) == len(visits)
 
 
-def test_more_starts_than_one_block_of_the_split_keep_their_neighbours(padded):
-    starts = [*range(0, 64 * 1200, 64), *range(80_000, 80_000 + 64 * 900, 64)]
-    shared, first, second = split_starts(padded([[starts]]))[:, 0, 0].tolist()
-    assert [x for x in first if x != NONE] == [starts[1199], starts[-1]]
+def test_more_pieces_than_one_block_of_the_split_keep_their_neighbours(padded):
+    near, far = range(0, PIECE * 1700, PIECE), range(80_000, 80_000 + PIECE * 1500, PIECE)
+    shared, first, second = split_pieces(padded([[[*near, *far]]]))[:, 0, 0].tolist()
+    assert [x for x in first if x != NONE] == [near[-4], far[-4]]
     assert [x for x in second if x != NONE] == [80_000]
-    assert [x for x in shared if x != NONE] == [*starts[:1199], *starts[1200:-1]]
+    assert [x for x in shared if x != NONE] == [*near[:-4], *far[:-4]]
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -109,10 +118,10 @@ def test_a_program_that_takes_many_pairs_keeps_its_ring_in_step(
 
 
 def test_only_long_walks_get_a_program_for_every_pair():
-    long = LONG_WALK * TILE
-    assert programs(1000, LONG_WALK, long, 132) == 1000
-    assert programs(1000, LONG_WALK - 1, long, 132) == 132  # room for few tiles
-    assert programs(1000, 2 * LONG_WALK, long - 1, 132) == 132  # few keys
+    long, pieces = LONG_WALK * TILE, LONG_WALK * TILE // PIECE
+    assert programs(1000, pieces, long, 132) == 1000
+    assert programs(1000, pieces - 1, long, 132) == 132  # room for few pieces
+    assert programs(1000, 2 * pieces, long - 1, 132) == 132  # few keys
     assert programs(7, 1, 300, 132) == 7
 
 
@@ -125,10 +134,10 @@ def test_a_program_for_every_pair_computes_what_resident_ones_do(dtype, make_pro
     offsets = [[rng.sample(range(n_k), 20 * h) for h in range(12)]]
     columns = [[rng.sample(range(n_k), 30 * (12 - h)) for h in range(12)]]
     index = band_index(offsets, columns, n_k)
-    room = LONG_WALK - index.tile_starts.shape[2]
-    wide = torch.nn.functional.pad(index.tile_starts, (0, room), value=NONE)
+    room = LONG_WALK * TILE // PIECE - index.pieces.shape[2]
+    wide = torch.nn.functional.pad(index.pieces, (0, room), value=NONE)
     for got, want in zip(
-        run(prompt, dataclasses.replace(index, tile_starts=wide)), run(prompt, index), strict=True
+        run(prompt, dataclasses.replace(index, pieces=wide)), run(prompt, index), strict=True
     ):
         assert torch.equal(got, want)
 

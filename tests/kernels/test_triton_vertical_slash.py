@@ -184,8 +184,8 @@ def test_any_index_matches_the_oracle(
     (lambda p, i: {"index": dataclasses.replace(i, n_k=71)}, "index was built for n_k = 71"),
     (lambda p, i: {"index": dataclasses.replace(i, columns=i.columns.long())},
      "columns must be contiguous int32 .* got torch.int64"),
-    (lambda p, i: {"index": dataclasses.replace(i, tile_starts=i.tile_starts[:, :1])},
-     r"tile_starts must have shape \(1, 2, None\), got \(1, 1, 1\)"),
+    (lambda p, i: {"index": dataclasses.replace(i, pieces=i.pieces[:, :1])},
+     r"pieces must have shape \(1, 2, None\), got \(1, 1, 4\)"),
     (lambda p, i: {"scale": 0.0}, "scale must be positive, got 0.0"),
     (lambda p, i: {"scale": math.nan}, "scale must be positive, got nan"),
     (lambda p, i: {"index": dataclasses.replace(i, heads=i.heads[:1])},
@@ -210,7 +210,7 @@ def test_an_index_whose_padding_is_longer_than_its_rows_changes_nothing(
     padding = torch.full((1, 2, 70), NONE, dtype=torch.int32, device=prompt.q.device)
     longer = BandIndex(
         heads=index.heads,
-        tile_starts=torch.cat([index.tile_starts, padding], 2),
+        pieces=torch.cat([index.pieces, padding], 2),
         columns=torch.cat([index.columns, padding], 2),
         n_k=200,
     )

@@ -122,8 +122,8 @@ def test_a_layer_is_chosen_by_the_oracles_scores_of_the_listed_rows() -> None:
         kept = reference.top_positions(columns[0, head], 50, 30)
         offsets = reference.top_positions(slashes[0, head], 130, 100)
         assert index.columns[0, head].tolist() == kept
-        tiles = index.tile_starts[0, head]
-        assert tiles[tiles < 700].tolist() == reference.cut_tiles(offsets)
+        tiles = index.pieces[0, head]
+        assert tiles[tiles < 700].tolist() == reference.cut_pieces(offsets)
 
 
 @pytest.mark.parametrize("segments", [2, 3])
@@ -157,9 +157,9 @@ def test_each_part_of_a_prompt_is_served_by_its_own_rows(segments: int) -> None:
         for b, (slot, head) in itertools.product(range(2), enumerate([0, 2])):
             kept = reference.top_positions(columns[b, head], 50, 30)
             assert part.columns[b, slot].tolist() == kept
-            tiles = part.tile_starts[b, slot]
+            tiles = part.pieces[b, slot]
             offsets = reference.top_positions(slashes[b, head], 110, 100)
-            assert tiles[tiles < n].tolist() == reference.cut_tiles(offsets)
+            assert tiles[tiles < n].tolist() == reference.cut_pieces(offsets)
 
 
 def test_parts_keep_what_each_looks_for_in_a_budget_too_small_for_all() -> None:

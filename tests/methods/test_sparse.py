@@ -60,10 +60,9 @@ def visible(qkv: Inputs, head: int, pattern: HeadPattern) -> Tensor:
         offsets = reference.top_positions(slashes[0, 0], max(pattern.slash_size, 50), 100)
         kept = reference.top_positions(columns[0, 0], max(pattern.vertical_size, 30), 30)
     else:
-        offsets = [*range(1, min(pattern.n_local - 1 + TILE, n) + 1)]
-        offsets = [o for o in offsets if o <= -(-(pattern.n_local - 1) // TILE) * TILE]
+        offsets = [*range(1, min(pattern.n_local, n + 1))]
         kept = [*range(min(pattern.n_init, n))]
-    tiles = reference.cut_tiles(offsets)
+    tiles = reference.cut_pieces(offsets)
     as_tensor = [torch.tensor([[x]], dtype=torch.int32).reshape(1, 1, -1) for x in (tiles, kept)]
     return BandIndex(one, *as_tensor, n_k=n).mask(n, n)[0, 0]
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from minference_green.kernels import cpu
 from minference_green.kernels.index import BandIndex
-from minference_green.kernels.reference import attention, causal_mask, cut_tiles, last_rows_scores
+from minference_green.kernels.reference import attention, causal_mask, last_rows_scores
 from minference_green.kernels.selection import a_shape_index, band_index
 from minference_green.methods.dense import Dense
 from minference_green.methods.patterns import AShape, HeadPattern, VerticalSlash
@@ -160,7 +161,7 @@ class Planted:
             number,
             [pattern.vertical_size],
             [pattern.slash_size],
-            cut_tiles=lambda o: torch.tensor([[cut_tiles(o[0, 0].tolist())]], dtype=torch.int32),
+            cut_pieces=cpu.cut_pieces,
         )
 
 

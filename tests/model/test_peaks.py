@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from minference_green.kernels.index import TILE
-from minference_green.kernels.reference import cut_tiles
+from minference_green.kernels.index import PIECE
+from minference_green.kernels.reference import cut_pieces
 from minference_green.model.peaks import PEAK, SLOW_PAIRS, peak, query_bias
 
 KEY_BIAS = 6.0
@@ -55,8 +55,8 @@ def test_a_budget_of_a_few_widths_holds_the_mass_in_few_clusters(offset):
     at_distance = logits(bias, shape.theta, 32767, torch.arange(32768)).flip(0)
     best = at_distance.topk(budget).indices
     assert torch.softmax(at_distance, 0)[best].sum() > 0.95
-    tiles = cut_tiles(best.sort().values.tolist())
-    assert len(tiles) <= 2 * budget / TILE  # scattered, they would be 800
+    pieces = cut_pieces(best.sort().values.tolist())
+    assert len(pieces) * PIECE <= 2 * budget  # scattered, they would be 800 times TILE
 
 
 def test_one_peak_is_local_decay():
