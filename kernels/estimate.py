@@ -368,7 +368,10 @@ def row_scores(
         add_masses(2, 0, free_past, max(free, n_tiles - free_past), n_tiles, True)
     else:
         add_masses(n_chunks, 0, chunk, chunk, n_tiles, True)
-    return columns, slashes if last else slashes.float().mul_(1 / UNITS)
+    if not last:
+        # Where they lie: a copy would be half as much again as all that is held here.
+        slashes = torch.mul(slashes, 1 / UNITS, out=slashes.view(torch.float32))
+    return columns, slashes
 
 
 def _share(n_tiles: int, n: int, device: torch.device) -> tuple[int, int]:
