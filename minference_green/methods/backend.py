@@ -23,6 +23,8 @@ class Kernels:
     row_scores: Callable[..., tuple[Tensor, Tensor]]
     block_means: Callable[[Tensor], Tensor]
     tile_shares: Callable[..., Tensor]
+    shares_of: Callable[[Tensor, range], Callable[..., Tensor]]
+    """``tile_shares`` for many calls over the keys of some KV heads."""
     listed_index: Callable[..., BlockIndex]
     chosen_bands: Callable[..., tuple[Tensor, Tensor]]
     cut_pieces: Callable[[Tensor, int], Tensor]
@@ -41,6 +43,7 @@ def kernels_for(device: torch.device) -> Kernels:
                 row_scores=cpu.row_scores,
                 block_means=cpu.block_means,
                 tile_shares=cpu.tile_shares,
+                shares_of=_shares_as_they_are,
                 listed_index=selection.listed_index,
                 chosen_bands=selection.chosen_bands,
                 cut_pieces=cpu.cut_pieces,
@@ -51,6 +54,11 @@ def kernels_for(device: torch.device) -> Kernels:
             return _triton_kernels()
         case other:
             raise UsageError(f"no sparse kernels for device {other!r}; use a cuda or cpu device")
+
+
+def _shares_as_they_are(_k: Tensor, _kv_heads: range) -> Callable[..., Tensor]:
+    """A CPU has nothing to prepare: it rates by the keys as they are."""
+    return cpu.tile_shares
 
 
 def _triton_kernels() -> Kernels:
@@ -73,6 +81,7 @@ def _triton_kernels() -> Kernels:
         row_scores=estimate.row_scores,
         block_means=estimate.block_means,
         tile_shares=probe.tile_shares,
+        shares_of=probe.shares_of,
         listed_index=best_blocks.listed_index,
         chosen_bands=top.chosen_bands,
         cut_pieces=cut.cut_pieces,

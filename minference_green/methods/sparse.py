@@ -34,6 +34,9 @@ from minference_green.methods.patterns import (
     VerticalSlash,
 )
 
+_KEYS = 2**27
+"""Elements of keys that probing prepares at once, unless one KV head alone has more."""
+
 
 @dataclass(frozen=True)
 class SparsePrefill:
@@ -256,22 +259,33 @@ class _Layer:
         ]
 
     def _probed_indices(self) -> list[BlockIndex]:
-        """One index for each number of probing rows."""
-        by_rows: dict[int, dict[int, Probed]] = {}
-        for head, pattern in self.probed.items():
-            by_rows.setdefault(pattern.rows, {})[head] = pattern
         return [
             probed_index(
                 self.q,
                 self.k,
-                self._heads(group),
-                [p.top_k for p in group.values()],
+                self._heads(part),
+                [p.top_k for p in part.values()],
                 rows,
                 scale=self.scale,
-                tile_shares=self.kernels.tile_shares,
+                tile_shares=self.kernels.shares_of(self.k, kv_heads),
                 build=self.kernels.listed_index,
             )
-            for rows, group in by_rows.items()
+            for rows, kv_heads, part in self._probed_parts()
+        ]
+
+    def _probed_parts(self) -> list[tuple[int, range, dict[int, Probed]]]:
+        """Heads that are probed at once: number of probing rows, KV heads, and the heads.
+
+        All of one number of rows, unless the keys of their KV heads are more than ``_KEYS``.
+        """
+        batch, n_kv, n_k, head_dim = self.k.shape
+        most, group = max(1, _KEYS // (batch * n_k * head_dim)), self.q.shape[1] // n_kv
+        parts: dict[tuple[int, int], dict[int, Probed]] = {}
+        for head, pattern in self.probed.items():
+            parts.setdefault((pattern.rows, head // group // most), {})[head] = pattern
+        return [
+            (rows, range(min(part) // group, max(part) // group + 1), part)
+            for (rows, _), part in parts.items()
         ]
 
     def _heads(self, group: Mapping[int, HeadPattern]) -> Tensor:

@@ -4,10 +4,12 @@ import itertools
 
 import pytest
 import torch
+from torch.nn import functional
 
 from minference_green.kernels import best_blocks, cpu, probe, reference
-from minference_green.kernels.probe import tile_shares
-from minference_green.kernels.selection import probed_index
+from minference_green.kernels.index import TILE
+from minference_green.kernels.probe import round_keys, shares_of, tile_shares
+from minference_green.kernels.selection import probed_index, probing_rows
 
 # Of one query tile and of many; with a last tile of one row and of nearly all.
 SIZES = (1, 7, 63, 64, 65, 111, 300, 1000)
@@ -17,12 +19,54 @@ def listed(prompt, *heads):
     return torch.tensor(heads, dtype=torch.int32, device=prompt.q.device)
 
 
+def rounded(x, along):
+    """In whole numbers of -127 to 127, of units that are the largest of some of them over 127."""
+    largest = x.abs().amax(along, keepdim=True)
+    unit = torch.where(largest > 0, largest, 1.0) / 127
+    return torch.floor(x / unit + 0.5), unit
+
+
+def shares_of_rounded(q, k, heads, rows, begin, end, scale):
+    """The definition of the kernel in fp32: means of keys and rows in 8 bits."""
+    n_q, n_k, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    row = probing_rows(rows, begin, end, n_q, n_k)
+    tiles, pool = int(row.max()) // TILE + 1, TILE // probe.KEYS
+    k = k - k[:, :, torch.arange(64) * n_k // 64].mean(2, keepdim=True)
+    k = functional.pad(k, (0, 0, 0, -n_k % TILE))[:, :, : tiles * TILE]
+    k = k.unflatten(2, (-1, pool)).mean(3).unflatten(2, (tiles, -1))
+    numbers, units = rounded(k, (3, 4))
+    queries, unit = rounded(q[:, :, row.flatten() - (n_k - n_q)], (3,))
+    heads = heads.long()
+    logits = queries[:, heads] @ numbers[:, heads // group].flatten(2, 3).transpose(2, 3)
+    last = (torch.arange(tiles * probe.KEYS) + 1) * pool - 1
+    logits = logits.masked_fill(last > row.view(-1, 1), -torch.inf).unflatten(3, (tiles, -1))
+    mass = (
+        logits.amax(4)
+        * unit[:, heads]
+        * units[:, heads // group].view(*k.shape[:1], len(heads), 1, -1)
+    )
+    mass = mass * scale
+    share = mass - mass.logsumexp(-1, keepdim=True)
+    # A row that finds nothing.
+    share = share.masked_fill(mass == -torch.inf, -torch.inf)
+    return share.unflatten(2, (end - begin, rows)).amax(3)
+
+
 def assert_shares(prompt, heads, got, *settings, summed=False):
-    q, k = prompt.q.cpu().float(), prompt.k.cpu().float()
-    want = cpu.tile_shares(q, k, heads.cpu(), *settings, scale=prompt.scale, summed=summed)
-    assert got.shape == want.shape
-    # Logits of about 8 in fp32, summed in fp32.
-    torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-4)
+    q, k, heads = prompt.q.cpu().float(), prompt.k.cpu().float(), heads.cpu()
+    exact = cpu.tile_shares(q, k, heads, *settings, scale=prompt.scale, summed=summed)
+    assert got.shape == exact.shape
+    if summed:
+        # Logits of about 8 in fp32, summed in fp32.
+        torch.testing.assert_close(got.cpu(), exact, rtol=1e-4, atol=1e-4)
+        return
+    want = shares_of_rounded(q, k, heads, *settings, prompt.scale)
+    got = got.cpu()
+    assert torch.equal(got == -torch.inf, want == -torch.inf)
+    off = torch.where(got == want, 0.0, got - want).abs()
+    # A number at a half may be rounded either way: one unit of a key, at most 0.05 of a logit.
+    assert off.max() < 0.05
+    assert (off > 1e-4).float().mean() < 0.01
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +74,7 @@ def memory_of_nan(monkeypatch):
     """What is read without having been written shows."""
 
     def empty(shape, *, dtype, device):
-        rubbish = torch.nan if dtype.is_floating_point else 12345
+        rubbish = torch.nan if dtype.is_floating_point else 123
         return torch.full(shape, rubbish, dtype=dtype, device=device)
 
     monkeypatch.setattr(probe.torch, "empty", empty)
@@ -46,6 +90,38 @@ def test_shares_of_awkward_lengths_match_the_oracle(n, rows, summed, dtype, make
         settings = (rows, begin, end)
         got = tile_shares(prompt.q, prompt.k, heads, *settings, scale=prompt.scale, summed=summed)
         assert_shares(prompt, heads, got, *settings, summed=summed)
+
+
+@pytest.mark.parametrize("keys", [16, 64])
+def test_shares_by_other_means_of_keys_match_the_definition(keys, dtype, make_prompt, monkeypatch):
+    """Of one key each, and of four; a prompt whose last mean is of fewer."""
+    monkeypatch.setattr(probe, "KEYS", keys)
+    prompt = make_prompt(331, dtype=dtype, columns=[0, 110], offsets=[165])
+    heads = listed(prompt, 1, 0)
+    got = tile_shares(prompt.q, prompt.k, heads, 8, 0, 6, scale=prompt.scale)
+    assert_shares(prompt, heads, got, 8, 0, 6)
+
+
+def test_keys_rounded_once_give_the_same_shares(dtype, make_prompt):
+    """Those of the second KV head and the third, where heads of no other are asked for."""
+    prompt = make_prompt(200, dtype=dtype, batch=2, heads=8, kv_heads=4)
+    heads = listed(prompt, 5, 2, 4)
+    settings = (heads, 4, 0, 4)
+    rated = shares_of(prompt.k, range(1, 3))
+    got = rated(prompt.q, prompt.k, *settings, scale=prompt.scale)
+    assert torch.equal(got, tile_shares(prompt.q, prompt.k, *settings, scale=prompt.scale))
+
+
+def test_a_vector_added_to_all_keys_changes_no_share(dtype, make_prompt):
+    """It adds one number to all logits of a row, however large; else 8 bits would go to it."""
+    prompt = make_prompt(300, dtype=torch.float32, columns=[70])
+    heads = listed(prompt, 0, 1)
+    k = prompt.k.to(dtype)
+    moved = (k.float() + 64 * torch.arange(64, device=k.device)).to(dtype)
+    k = (moved.float() - 64 * torch.arange(64, device=k.device)).to(dtype)
+    q = prompt.q.to(dtype)
+    want, got = (tile_shares(q, x, heads, 8, 0, 5, scale=prompt.scale) for x in (k, moved))
+    torch.testing.assert_close(got, want, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
@@ -64,7 +140,8 @@ def test_key_tiles_of_several_programs_are_all_there(held, dtype, make_prompt, m
     monkeypatch.setattr(probe, "_HELD", held)
     prompt = make_prompt(700, dtype=dtype, columns=[5])
     heads = listed(prompt, 0, 1)
-    monkeypatch.setattr(probe, "options", lambda _: {"QUERIES": 128, "num_warps": 4})
+    options = {"QUERIES": 128, "num_warps": 4}
+    monkeypatch.setattr(probe, "options", lambda *_, summed: options)
     assert 11 * 16 > 128
     got = tile_shares(prompt.q, prompt.k, heads, 16, 0, 11, scale=prompt.scale)
     assert_shares(prompt, heads, got, 16, 0, 11)
@@ -81,7 +158,11 @@ def test_strided_inputs_give_the_same_shares(dtype, make_prompt):
         assert torch.equal(tile_shares(*inputs, heads, 4, 0, 5, scale=prompt.scale), want)
 
 
-def test_the_index_made_of_them_is_the_oracles(dtype, make_prompt):
+def test_the_index_made_of_them_is_the_oracles_where_keys_are_kept_apart(
+    dtype, make_prompt, monkeypatch
+):
+    """8 bits of every key: no two key tiles of this prompt are so alike that they change places."""
+    monkeypatch.setattr(probe, "KEYS", TILE)
     prompt = make_prompt(700, dtype=dtype, columns=[130], offsets=[300])
     index = probed_index(
         prompt.q, prompt.k, listed(prompt, 1, 0), [1, 2], 4,
@@ -96,6 +177,16 @@ def test_the_index_made_of_them_is_the_oracles(dtype, make_prompt):
         assert got == want[0][head]
 
 
+def test_means_of_keys_find_a_key_that_stands_out(dtype, make_prompt):
+    """By a logit of about 16: it counts for half in its mean, and is still far above the rest."""
+    prompt = make_prompt(1000, dtype=dtype, columns=[130])
+    k = prompt.k.clone()
+    k[:, :, 130] *= 2
+    heads = listed(prompt, 0, 1)
+    shares = tile_shares(prompt.q, k, heads, 8, 0, 16, scale=prompt.scale)
+    assert (shares[0, :, 4:].argmax(-1) == 130 // TILE).all()
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"rows": 0}, "rows must be between 1 and 64, got 0"),
     ({"end": 3}, "query tiles must be some of 0 to 2, got 0 to 3"),
@@ -107,3 +198,18 @@ def test_a_setting_that_does_not_fit_is_named_with_its_value(change, message, dt
     settings = {"heads": listed(prompt, 0), "rows": 4, "begin": 0, "end": 2, "scale": 1.0}
     with pytest.raises(ValueError, match=message):
         tile_shares(prompt.q, prompt.k, **settings | change)
+
+
+@pytest.mark.parametrize("kv_heads", [range(0), range(1, 3), range(0, 2, 2)])
+def test_keys_of_kv_heads_that_are_not_there_are_refused(kv_heads, dtype, make_prompt):
+    prompt = make_prompt(65, dtype=dtype, heads=2, kv_heads=2)
+    with pytest.raises(ValueError, match="KV heads must be some of 0 to 2, next to each other"):
+        round_keys(prompt.k, kv_heads)
+
+
+def test_more_numbers_at_once_than_are_addressed_are_refused(device, dtype):
+    q = torch.zeros(1, 1, 1, 64, dtype=dtype, device=device).expand(1, 1, 2**20, 64)
+    heads = torch.zeros(1, dtype=torch.int32, device=device)
+    message = "16384 query tiles of 8 rows over 16384 key tiles are too many at once"
+    with pytest.raises(ValueError, match=message):
+        tile_shares(q, q, heads, 8, 0, 2**14, scale=1.0)

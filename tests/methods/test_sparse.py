@@ -1,6 +1,6 @@
 """The engine of head patterns: which pairs each head computes, and what it tells of its work."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -209,3 +209,31 @@ def test_what_a_kernel_refuses_is_the_users_to_resolve() -> None:
     q, k, v = inputs(64)
     with pytest.raises(UsageError, match=r"a-shape cannot run on this model: .*one floating dtype"):
         uniform("a-shape", AShape()).attend(q, k.half(), v, scale=SCALE, layer=0)
+
+
+def test_keys_too_many_to_prepare_at_once_are_probed_a_kv_head_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q, k, v = inputs(300)
+    method = uniform("method", Probed(top_k=2, rows=4))
+    whole = method.profile(q, k, v, scale=SCALE, layer=0)
+    monkeypatch.setattr(sparse, "_KEYS", 2 * 300 * 64 - 1)
+    parts = method.profile(q, k, v, scale=SCALE, layer=0)
+    assert [index.heads.tolist() for index in whole.indices] == [[0, 1, 2, 3, 4, 5]]
+    assert [index.heads.tolist() for index in parts.indices] == [[0, 1, 2], [3, 4, 5]]
+    assert torch.equal(parts.out, whole.out)
+
+
+def test_only_the_keys_of_probed_heads_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[range] = []
+
+    def noted(k: Tensor, kv_heads: range) -> Callable[..., Tensor]:
+        asked.append(kv_heads)
+        return cpu.tile_shares
+
+    kernels = replace(kernels_for(torch.device("cpu")), shares_of=noted)
+    monkeypatch.setattr(sparse, "kernels_for", lambda _: kernels)
+    window = AShape(10, 20)
+    patterns = ((window, window, window, Probed(2, 4), window, Probed(2, 8)),)
+    SparsePrefill("method", patterns, {}).attend(*inputs(100), scale=SCALE, layer=0)
+    assert asked == [range(1, 2), range(1, 2)]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from minference_green.methods.estimator import LAST_ROWS, Estimator
-from minference_green.methods.patterns import AShape, BlockSparse, VerticalSlash
-from minference_green.methods.sparse import SparsePrefill
+from minference_green.methods.patterns import AShape, BlockSparse, Probed, VerticalSlash
+from minference_green.methods.sparse import SparsePrefill, uniform
 from minference_green.methods.yardstick import yardstick
 
 pytestmark = [
@@ -46,6 +46,31 @@ def test_between_estimate_and_attend_nothing_waits_for_the_device(mixed: SparseP
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert out.isfinite().all()
+
+
+def test_probing_does_not_wait_for_the_device_and_repeats_its_bits() -> None:
+    q, k, v = (x.cuda().bfloat16() for x in layer_inputs(3001))
+    method = uniform("probe", Probed(top_k=6, rows=8))
+    first = method.attend(q, k, v, scale=0.125, layer=0)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = method.attend(q, k, v, scale=0.125, layer=0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("n", [1000, 3001])
+def test_probing_in_8_bits_keeps_as_much_attention_as_by_what_it_rounds(n: int) -> None:
+    """Lists may differ where key tiles are alike; the attention they keep may not."""
+    q, k, v = (x[:, :, :n].half() for x in layer_inputs(3001))
+    method = uniform("probe", Probed(top_k=6, rows=8))
+    on_cpu = method.profile(q.float(), k.float(), v.float(), scale=0.125, layer=0)
+    on_gpu = method.profile(q.cuda(), k.cuda(), v.cuda(), scale=0.125, layer=0)
+    assert on_cpu.lse is not None and on_gpu.lse is not None
+    kept = (on_gpu.lse.cpu() - on_cpu.lse).mean(-1)
+    assert kept.abs().max() < 0.05
 
 
 @pytest.mark.parametrize("n", [65, 1000, 3001])
