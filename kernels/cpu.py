@@ -23,7 +23,12 @@ from minference_green.kernels.index import (
     BlockIndex,
     room_for_pieces,
 )
-from minference_green.kernels.selection import check_probes, check_rows, probing_rows
+from minference_green.kernels.selection import (
+    check_kv_heads,
+    check_probes,
+    check_rows,
+    probing_rows,
+)
 
 T = TypeVar("T")
 
@@ -233,6 +238,15 @@ def tile_shares(
     ]
     _on_each_thread(score, jobs)
     return shares
+
+
+def shares_of(k: Tensor, kv_heads: range) -> Callable[..., Tensor]:
+    """:func:`tile_shares` for many calls over some KV heads; a CPU has nothing to prepare.
+
+    Raises ``ValueError`` on KV heads that are not there or not next to each other.
+    """
+    check_kv_heads(kv_heads, k.shape[1])
+    return tile_shares
 
 
 def block_means(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minference_green.kernels import tile
 from minference_green.kernels.index import TILE
-from minference_green.kernels.selection import check_probes
+from minference_green.kernels.selection import check_kv_heads, check_probes
 from minference_green.kernels.tile import LN_2, load_tile
 
 CHUNK_TILES = 64
@@ -299,10 +299,7 @@ def round_keys(k: Tensor, kv_heads: range) -> RoundedKeys:
     """
     tile.check_tensors(k=k)
     batch, n_kv, n_k, head_dim = k.shape
-    if not 0 <= kv_heads.start < kv_heads.stop <= n_kv or kv_heads.step != 1:
-        raise ValueError(
-            f"KV heads must be some of 0 to {n_kv}, next to each other, got {kv_heads}"
-        )
+    check_kv_heads(kv_heads, n_kv)
     tiles, dim = triton.cdiv(triton.cdiv(n_k, TILE), STEP_TILES) * STEP_TILES, tile.padded(head_dim)
     shape = (batch, len(kv_heads), tiles)
     numbers = torch.empty((*shape, KEYS, dim), dtype=torch.int8, device=k.device)

@@ -353,6 +353,14 @@ def check_probes(rows: int, begin: int, end: int, n_q: int) -> None:
         raise ValueError(f"query tiles must be some of 0 to {n_tiles}, got {begin} to {end}")
 
 
+def check_kv_heads(kv_heads: range, n_kv: int) -> None:
+    """Refuse KV heads that are not some of ``n_kv``, next to each other."""
+    if not 0 <= kv_heads.start < kv_heads.stop <= n_kv or kv_heads.step != 1:
+        raise ValueError(
+            f"KV heads must be some of 0 to {n_kv}, next to each other, got {kv_heads}"
+        )
+
+
 def check_blocks(scores: Tensor, top_ks: Sequence[int], first_row: int, n_k: int) -> None:
     """Refuse scores that are not fp32 ``[B, H, M, T]`` over all that their query tiles reach."""
     if scores.dtype != torch.float32 or scores.ndim != 4:

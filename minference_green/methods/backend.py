@@ -43,7 +43,7 @@ def kernels_for(device: torch.device) -> Kernels:
                 row_scores=cpu.row_scores,
                 block_means=cpu.block_means,
                 tile_shares=cpu.tile_shares,
-                shares_of=_shares_as_they_are,
+                shares_of=cpu.shares_of,
                 listed_index=selection.listed_index,
                 chosen_bands=selection.chosen_bands,
                 cut_pieces=cpu.cut_pieces,
@@ -54,11 +54,6 @@ def kernels_for(device: torch.device) -> Kernels:
             return _triton_kernels()
         case other:
             raise UsageError(f"no sparse kernels for device {other!r}; use a cuda or cpu device")
-
-
-def _shares_as_they_are(_k: Tensor, _kv_heads: range) -> Callable[..., Tensor]:
-    """A CPU has nothing to prepare: it rates by the keys as they are."""
-    return cpu.tile_shares
 
 
 def _triton_kernels() -> Kernels:

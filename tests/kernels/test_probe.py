@@ -157,3 +157,11 @@ def test_query_tiles_that_cannot_probe_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         cpu.tile_shares(*inputs(65, 70), heads_of(0), rows, begin, end, scale=1.0)
+
+
+@pytest.mark.parametrize("kv_heads", [range(0), range(1, 3), range(0, 2, 2)])
+def test_shares_of_kv_heads_that_are_not_there_are_refused(kv_heads: range) -> None:
+    _, k = inputs(65, 65)
+    assert cpu.shares_of(k, range(1, 2)) is cpu.tile_shares
+    with pytest.raises(ValueError, match="KV heads must be some of 0 to 2, next to each other"):
+        cpu.shares_of(k, kv_heads)
