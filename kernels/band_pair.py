@@ -12,13 +12,14 @@ for the second. They share a to b - 64; what is left is one tile for each::
 (Before a run at 0, the second's own tile is the first's diagonal, shared as well.) A run of the
 least length shares nothing. Shared pieces of whatever runs fill tiles, four to one. One walk
 serves both: the two diagonals, shared tiles, gathered columns, then each one's own tiles in
-turn. A producer warp copies key tiles into a ring in shared memory, piece by piece where they do
-not follow each other, and two groups of four warps consume them, one per query tile. Programs
-stay resident and take pair after pair, so that the next pair's copies run while this one's output
-is written. With long walks they would drift apart and neighbours no longer meet in the L2 cache,
-so there each pair is a program. A ring slot is free after two arrivals, one from each group or
-both from the owner of a tile of its own. Within a group the logits of a tile are computed beside
-the weighted values of the tile before; its softmax then hides under those.
+turn. Two producer warps copy it into rings in shared memory, one the keys and one the values,
+piece by piece where pieces do not follow each other; two groups of four warps consume it, one per
+query tile. Programs stay resident and take pair after pair, so that the next pair's copies run
+while this one's output is written. With long walks they would drift apart and neighbours no
+longer meet in the L2 cache, so there each pair is a program. A ring slot is free after two
+arrivals, one from each group or both from the owner of a tile of its own. Within a group the
+logits of a tile are computed beside the weighted values of the tile before; its softmax then
+hides under those.
 """
 
 import torch
@@ -41,11 +42,14 @@ from minference_green.kernels.tile import LN_2, LOG2_E, count_below, padded
 
 NO_PIECE = gl.constexpr(NONE)
 
+SLACK = gl.constexpr(8.0)
+"""How many bits above a row's old maximum a logit lies before it becomes the new one."""
+
 RING = 6
 """Key tiles in shared memory, as many as fit."""
 
 REGISTERS = 168
-"""At the start, for all twelve warps; the consumers then take those the producer gives up."""
+"""At the start, for all twelve warps; the consumers then take those the producers give up."""
 
 LONG_WALK = 2048
 """Band tiles that a query tile may have from which every pair gets a program of its own."""
@@ -66,36 +70,6 @@ def _place(w, n_pairs, n_heads):
 
 
 @gluon.jit
-def _item(j, r0, sizes, lists_ptr, list_stride, TILE: gl.constexpr, PIECE: gl.constexpr):
-    """Item ``j`` of a pair's walk.
-
-    Its first key row, or column tile; is it of the band; is it left out; the place of its first
-    piece in the list if its pieces are copied one by one, else -1.
-    """
-    n_pieces, n_column_tiles, n_first, n_second = sizes
-    n_shared = (n_pieces * PIECE + TILE - 1) // TILE
-    i = j - 2
-    column_tile = i - n_shared
-    turn = column_tile - n_column_tiles
-    is_private = turn >= 0
-    side = turn & 1
-    slot = gl.where(is_private, turn >> 1, i * (TILE // PIECE))
-    n_slots = gl.where(is_private, gl.where(side == 0, n_first, n_second), n_pieces)
-    listed = (i >= 0) & (slot < n_slots)
-    kind = gl.where(is_private, 1 + side, 0)
-    start = gl.load(lists_ptr + kind.to(gl.int64) * list_stride + slot, listed, 0)
-    row = r0 - TILE - start + gl.where(is_private & (side == 1), TILE, 0)
-    row = gl.where(i < 0, r0 + TILE - j * TILE, row)
-    last = slot + TILE // PIECE - 1
-    is_shared = listed & (is_private == 0)
-    end = gl.load(lists_ptr + last, is_shared & (last < n_pieces), -1)
-    # The masks of tiles that reach past column 0 count on one order of pieces.
-    scattered = is_shared & ((end - start != TILE - PIECE) | (end + PIECE > r0))
-    scattered = gl.where(scattered, slot, -1)
-    return row, column_tile, (i < n_shared) | is_private, is_private & (slot >= n_slots), scattered
-
-
-@gluon.jit
 def _boxes(slots, piece_desc, RING: gl.constexpr, DIM: gl.constexpr,
            TILE: gl.constexpr, PIECE: gl.constexpr, SWIZZLE: gl.constexpr):  # fmt: skip
     """A ring's memory as what one copy of a piece fills.
@@ -111,92 +85,111 @@ def _boxes(slots, piece_desc, RING: gl.constexpr, DIM: gl.constexpr,
 
 
 @gluon.jit
-def _copy(descs, slots, full, empty, t, place, row, column, is_band, left_out, scattered,
-          r0, lists_ptr, n_pieces, DIM: gl.constexpr, TILE: gl.constexpr, PIECE: gl.constexpr,
-          SWIZZLE: gl.constexpr, RING: gl.constexpr):  # fmt: skip
-    """Wait until slot ``t`` is free and start the copy into it."""
-    desc, piece_desc, column_desc = descs
-    b, h, kv_head = place
+def _claim(full, empty, t, RING: gl.constexpr):
+    """Wait until the slot of item ``t`` is free; which it is."""
     s = t % RING
     mbarrier.wait(empty.index(s), ((t // RING) & 1) ^ 1)
     # A group waits for every item or every other, so for item t only once t - 2 is under way.
     # Then t - RING, the last in that slot, must have arrived: one bit cannot tell it from t.
     before = t + 2 - RING
     mbarrier.wait(full.index(before % RING), (before // RING) & 1, pred=before >= 0)
-    if left_out:
-        mbarrier.arrive(full.index(s), count=1)
-    else:
-        mbarrier.expect(full.index(s), desc.block_type.nbytes)
-        if scattered >= 0:
-            boxes = _boxes(slots, piece_desc, RING, DIM, TILE, PIECE, SWIZZLE)
-            for part in gl.static_range(TILE // PIECE):
-                at = scattered + part
-                # What is missing of the last tile lies before the first key: zeros.
-                start = gl.load(lists_ptr + at, at < n_pieces, r0)
-                for wide in gl.static_range(DIM // SWIZZLE):
-                    box = boxes.index((s * (DIM // SWIZZLE) + wide) * (TILE // PIECE) + part)
-                    copy_tile(
-                        piece_desc, [b, kv_head, r0 - PIECE - start, wide * SWIZZLE],
-                        full.index(s), box,
-                    )  # fmt: skip
-        else:
-            copy_tile(desc, [b, kv_head, row, 0], full.index(s), slots.index(s), pred=is_band)
-            copy_tile(
-                column_desc, [b, h, column, 0], full.index(s), slots.index(s), pred=is_band == 0
-            )  # fmt: skip
+    return s
+
+
+@gluon.jit
+def _fill(desc, slots, full, s, b, h, row):
+    """Start copying a tile's rows into slot ``s``."""
+    mbarrier.expect(full.index(s), desc.block_type.nbytes)
+    copy_tile(desc, [b, h, row, 0], full.index(s), slots.index(s))
+
+
+@gluon.jit
+def _fill_by_piece(desc, piece_desc, slots, full, s, b, h, r0, lists_ptr, first, n_pieces,
+                   DIM: gl.constexpr, TILE: gl.constexpr, PIECE: gl.constexpr,
+                   SWIZZLE: gl.constexpr, RING: gl.constexpr):  # fmt: skip
+    """Start copying the pieces from ``first`` of a list on into slot ``s``."""
+    mbarrier.expect(full.index(s), desc.block_type.nbytes)
+    boxes = _boxes(slots, piece_desc, RING, DIM, TILE, PIECE, SWIZZLE)
+    for part in gl.static_range(TILE // PIECE):
+        # What is missing of the last tile lies before the first key: zeros.
+        start = gl.load(lists_ptr + first + part, first + part < n_pieces, r0)
+        for wide in gl.static_range(DIM // SWIZZLE):
+            box = boxes.index((s * (DIM // SWIZZLE) + wide) * (TILE // PIECE) + part)
+            at = [b, h, r0 - PIECE - start, wide * SWIZZLE]
+            copy_tile(piece_desc, at, full.index(s), box)
 
 
 @gluon.jit
 def _produce(
-    q_desc, k_descs, v_descs, queries, ring, heads_ptr, lists_ptr, counts, n_q, n_k, n_pieces,
-    list_stride, group, n_pairs, n_heads, n_work,
-    DIM: gl.constexpr, TILE: gl.constexpr, PIECE: gl.constexpr, SWIZZLE: gl.constexpr,
-    RING: gl.constexpr,
+    q_desc, desc, piece_desc, column_desc, queries, slots, full, empty, heads_ptr, lists_ptr,
+    counts, n_q, n_k, n_pieces, list_stride, group, n_pairs, n_heads, n_work,
+    HAS_QUERIES: gl.constexpr, DIM: gl.constexpr, TILE: gl.constexpr, PIECE: gl.constexpr,
+    SWIZZLE: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
-    """The warp that copies: query tiles and every key tile of the walk, in its order."""
+    """A warp that copies every tile of the walk, keys or values, in its order; one also queries."""
     qs, q_full, q_empty = queries
-    ks, vs, k_full, k_empty, v_full, v_empty = ring
     shared_ptr, first_ptr, second_ptr, _, second_left_ptr = counts
+    PARTS: gl.constexpr = TILE // PIECE
     t = 0
     phase = 0
     for w in range(gl.program_id(0), n_work, gl.num_programs(0)):
         pair, h, b = _place(w, n_pairs, n_heads)
         listed = (b * n_heads + h).to(gl.int64)
         head = gl.load(heads_ptr + h)
-        place = (b, h, head // group)
+        kv_head = head // group
         r0 = n_k - n_q + pair * 2 * TILE
         at = listed * n_pairs + pair
-        n_column_tiles = (gl.load(second_left_ptr + at) + TILE - 1) // TILE
+        n_columns = gl.load(second_left_ptr + at)
         n_shared = gl.load(shared_ptr + at)
         n_first = gl.load(first_ptr + at)
         n_second = gl.load(second_ptr + at)
-        sizes = (n_shared, n_column_tiles, n_first, n_second)
-        n_items = 2 + (n_shared * PIECE + TILE - 1) // TILE + n_column_tiles
-        n_items += 2 * gl.maximum(n_first, n_second)
-        own_lists = lists_ptr + listed * n_pieces
-        for side in gl.static_range(2):
-            mbarrier.wait(q_empty.index(side), phase ^ 1)
-            mbarrier.expect(q_full.index(side), q_desc.block_type.nbytes)
-            q_row = (2 * pair + side) * TILE
-            copy_tile(q_desc, [b, head, q_row, 0], q_full.index(side), qs.index(side))
-        row, column_tile, is_band, left_out, scattered = _item(
-            0, r0, sizes, own_lists, list_stride, TILE, PIECE
-        )  # fmt: skip
-        for j in range(n_items):
-            # The next item's place is on its way while this one waits for its slot.
-            ahead = _item(j + 1, r0, sizes, own_lists, list_stride, TILE, PIECE)
-            column = column_tile * TILE
-            _copy(
-                k_descs, ks, k_full, k_empty, t, place, row, column, is_band, left_out,
-                scattered, r0, own_lists, n_shared, DIM, TILE, PIECE, SWIZZLE, RING,
-            )  # fmt: skip
-            _copy(
-                v_descs, vs, v_full, v_empty, t, place, row, column, is_band, left_out,
-                scattered, r0, own_lists, n_shared, DIM, TILE, PIECE, SWIZZLE, RING,
-            )  # fmt: skip
-            row, column_tile, is_band, left_out, scattered = ahead
+        own_shared = lists_ptr + listed * n_pieces
+        own_first = own_shared + list_stride
+        own_second = own_first + list_stride
+        if HAS_QUERIES:
+            for side in gl.static_range(2):
+                mbarrier.wait(q_empty.index(side), phase ^ 1)
+                q_row = (2 * pair + side) * TILE
+                _fill(q_desc, qs, q_full, side, b, head, q_row)
+            phase ^= 1
+        for i in range(2):
+            _fill(desc, slots, full, _claim(full, empty, t, RING), b, kv_head, r0 + TILE - i * TILE)
             t += 1
-        phase ^= 1
+        for i in range(0, n_shared, PARTS):
+            start = gl.load(own_shared + i)
+            end = gl.load(own_shared + i + PARTS - 1, i + PARTS <= n_shared, -1)
+            s = _claim(full, empty, t, RING)
+            # The masks of a tile that reaches past column 0 count on one order of pieces.
+            if (end - start == TILE - PIECE) & (end + PIECE <= r0):
+                _fill(desc, slots, full, s, b, kv_head, r0 - TILE - start)
+            else:
+                _fill_by_piece(
+                    desc, piece_desc, slots, full, s, b, kv_head, r0, own_shared, i, n_shared,
+                    DIM, TILE, PIECE, SWIZZLE, RING,
+                )  # fmt: skip
+            t += 1
+        for i in range(0, n_columns, TILE):
+            _fill(column_desc, slots, full, _claim(full, empty, t, RING), b, h, i)
+            t += 1
+        first = gl.load(own_first, n_first > 0, 0)
+        second = gl.load(own_second, n_second > 0, 0)
+        for i in range(gl.maximum(n_first, n_second)):
+            # The next places are on their way while these wait for their slots.
+            next_first = gl.load(own_first + i + 1, i + 1 < n_first, 0)
+            next_second = gl.load(own_second + i + 1, i + 1 < n_second, 0)
+            s = _claim(full, empty, t, RING)
+            if i < n_first:
+                _fill(desc, slots, full, s, b, kv_head, r0 - TILE - first)
+            else:
+                mbarrier.arrive(full.index(s), count=1)
+            s = _claim(full, empty, t + 1, RING)
+            if i < n_second:
+                _fill(desc, slots, full, s, b, kv_head, r0 - second)
+            else:
+                mbarrier.arrive(full.index(s), count=1)
+            first = next_first
+            second = next_second
+            t += 2
 
 
 @gluon.jit
@@ -224,6 +217,38 @@ def _partial_sum(p):
     """Sums over the columns a thread holds."""
     quads = p.reshape([p.shape[0], p.shape[1] // 8, 4, 2])
     return gl.sum(gl.sum(quads, 3), 1)
+
+
+@gluon.constexpr_function
+def _shrink_asm(n):
+    """Multiply a thread's ``n`` numbers, of two rows, if any row of the warp has a new maximum."""
+    upper, lower = 2 * n, 2 * n + 2
+    products = (f"mul.f32 ${i}, ${i}, ${(upper, lower)[i // 2 % 2]};" for i in range(n))
+    return f"""{{
+        .reg .pred any, other;
+        setp.neu.f32 any, ${upper}, 0f3F800000;
+        setp.neu.f32 other, ${lower}, 0f3F800000;
+        or.pred any, any, other;
+        vote.sync.any.pred any, any, 0xffffffff;
+        @!any bra.uni KEPT;
+        {" ".join(products)}
+        KEPT:
+    }}"""
+
+
+@gluon.constexpr_function
+def _shrink_operands(n):
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
+
+
+@gluon.jit
+def _shrunk(acc, shrink, DIM: gl.constexpr):
+    """The accumulator times each row's factor; by a branch, as most factors of most tiles are 1."""
+    factors, acc = gl.broadcast(gl.expand_dims(shrink, 1), acc)
+    n: gl.constexpr = DIM // 2
+    asm: gl.constexpr = _shrink_asm(n)
+    operands: gl.constexpr = _shrink_operands(n)
+    return gl.inline_asm_elementwise(asm, operands, [acc, factors], gl.float32, False, n)
 
 
 @gluon.jit
@@ -283,7 +308,8 @@ def _step(
     if MASKED:
         # Unlike a sum or a product, a minimum hides a NaN.
         logits = gl.minimum(logits, gl.expand_dims(seen, 0))
-    new_max = gl.maximum(row_max, gl.max(logits, 1) * qk_scale)
+    new_max = gl.max(logits, 1) * qk_scale
+    new_max = gl.where(new_max > row_max + SLACK, new_max, row_max)
     p = gl.exp2(logits * qk_scale - gl.expand_dims(new_max, 1))
     shrink = gl.exp2(row_max - new_max)
     part = _partial_sum(p)
@@ -295,7 +321,7 @@ def _step(
     # Not before: the product that was waited for reads the same registers.
     weights = _packed(p, ks.dtype)
     _free_values(ring, u, u_private, RING)
-    acc = acc * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, OUT)), 1)
+    acc = _shrunk(acc, gl.convert_layout(shrink, gl.SliceLayout(1, OUT)), DIM)
     return acc, weights, new_max, row_sum, t, PRIVATE
 
 
@@ -341,7 +367,7 @@ def _consume(
         mbarrier.wait(q_full.index(SIDE), phase)
         q = qs.index(SIDE).reshape([TILE, DIM]).load(gl.DotOperandLayout(0, LOGITS, 2))
 
-        # Passed over, not left alone: see _copy.
+        # Passed over, not left alone: see _claim.
         if SIDE == 0:
             _pass_over(ring, t, 1, RING)
         # The diagonal: item 0 is the second tile's alone, item 1 the first tile's. Every row
@@ -482,8 +508,6 @@ def _pair_kernel(
     fence_async_shared()
     queries = (qs, q_full, q_empty)
     ring = (ks, vs, k_full, k_empty, v_full, v_empty)
-    k_descs = (k_desc, piece_k_desc, column_k_desc)
-    v_descs = (v_desc, piece_v_desc, column_v_desc)
     counts = (shared_ptr, first_ptr, second_ptr, first_left_ptr, second_left_ptr)
     gl.warp_specialize([
         (_consume, (
@@ -499,11 +523,16 @@ def _pair_kernel(
             1, HEAD_DIM, DIM, TILE, PIECE, HAS_LSE, RING,
         )),
         (_produce, (
-            q_desc, k_descs, v_descs, queries, ring, heads_ptr, lists_ptr, counts, n_q, n_k,
-            n_pieces, list_stride, group, n_pairs, n_heads, n_work, DIM, TILE, PIECE, SWIZZLE,
-            RING,
+            q_desc, k_desc, piece_k_desc, column_k_desc, queries, ks, k_full, k_empty, heads_ptr,
+            lists_ptr, counts, n_q, n_k, n_pieces, list_stride, group, n_pairs, n_heads, n_work,
+            True, DIM, TILE, PIECE, SWIZZLE, RING,
         )),
-    ], [4, 1], [240, 24])  # fmt: skip
+        (_produce, (
+            q_desc, v_desc, piece_v_desc, column_v_desc, queries, vs, v_full, v_empty, heads_ptr,
+            lists_ptr, counts, n_q, n_k, n_pieces, list_stride, group, n_pairs, n_heads, n_work,
+            False, DIM, TILE, PIECE, SWIZZLE, RING,
+        )),
+    ], [4, 1, 1], [240, 24, 24])  # fmt: skip
 
 
 @triton.jit(do_not_specialize=("n_pieces", "list_stride"))

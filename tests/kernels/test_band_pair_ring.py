@@ -93,12 +93,11 @@ class Ring:
         yield
 
 
-def produce(pairs: list[Pair], keys: Ring, values: Ring, in_order: bool) -> Steps:
+def produce(pairs: list[Pair], ring: Ring, in_order: bool) -> Steps:
     t = 0
     for w, pair in enumerate(pairs):
         for item in pair.walk():
-            for ring in (keys, values):
-                yield from ring.copy(t, item and (w, item), in_order)
+            yield from ring.copy(t, item and (w, item), in_order)
             t += 1
 
 
@@ -164,7 +163,7 @@ def play(rng: random.Random, sizes: list[int], in_order: bool) -> None:
     keys, values = Ring(), Ring()
     seen: list[list[object]] = [[], []]
     actors = [
-        produce(pairs, keys, values, in_order),
+        *(produce(pairs, ring, in_order) for ring in (keys, values)),
         *(consume(side, pairs, keys, values, seen[side]) for side in (0, 1)),
     ]
     eagerness = [rng.random() + 0.05 for _ in actors]
