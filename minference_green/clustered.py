@@ -115,6 +115,12 @@ def _exact_ends(counts: Clustered, correlation: float) -> tuple[float, float]:
     used, _ = correlation_used(counts, correlation)
     items = float(counts.items.sum())
     effective = items / (1 + (counts.alike - 1) * used)
+    return _bounds(counts, effective)
+
+
+def _bounds(counts: Clustered, effective: float) -> tuple[float, float]:
+    """Clopper-Pearson bounds at such shares of so many independent items."""
+    items = float(counts.items.sum())
     low, high = clopper_pearson(float(counts.up.sum()) / items, effective)
     if not counts.both_ways:
         return low, high
@@ -153,20 +159,31 @@ def clusters_needed(
     """The least of ``sizes`` at which such a share is shown to be on its side of the margin.
 
     In the share ``POWER`` of cases, by the binomial at the effective number of items, whose
-    scatter at the margin is not that at the share; of scores both ways by the normal
-    approximation. ``None`` if none of them will do.
+    scatter at the margin is not that at the share. Of scores both ways, by the ends that
+    :func:`interval` will have, one standard error times the power's quantile away: those of the
+    bootstrap by the normal approximation, where so many clusters hold enough that moved, and
+    else the exact ones, which are wider. ``None`` if none of them will do.
     """
+    from scipy.stats import binom
+
     present, share = len(counts.items), counts.share
     used, _ = correlation_used(counts, correlation)
     effective = float(counts.items.sum()) / (1 + (counts.alike - 1) * used) / present
     apart = counts.net - share * counts.items
     variance = float((apart**2).mean() / counts.items.mean() ** 2)
-    quantiles = normal_quantile(1 - ALPHA) + normal_quantile(POWER)
+    moved = counts.up + counts.down
+    fewer = min((moved > 0).mean(), (moved < counts.items).mean())
 
     def decides(clusters: int) -> bool:
-        if counts.both_ways and variance > 0:
-            return abs(share - margin) * math.sqrt(clusters) >= quantiles * math.sqrt(variance)
         items = effective * clusters
+        if counts.both_ways and variance > 0:
+            error = math.sqrt(variance / clusters)
+            reach = normal_quantile(1 - ALPHA) * error
+            low, high = share - reach, share + reach
+            if binom.sf(BOOTSTRAP_CLUSTERS - 1, clusters, fewer) < POWER:
+                low, high = _bounds(counts, items)
+            spare = normal_quantile(POWER) * error
+            return low - spare > margin if share > margin else high + spare < margin
         if share > margin:
             return share >= share_above(margin, items)
         # With nothing scored the first is true of any number; the bound must clear the margin too.

@@ -157,6 +157,22 @@ def test_more_haystacks_decide_where_the_verdict_says_they_do(power):
     assert 0.7 < power.verdicts(200, needed, truth, resamples=499)[Finding.LOSS] < 0.92
 
 
+def test_more_haystacks_of_a_quick_audit_decide_what_is_printed(power):
+    """Net loss over few haystacks has exact bounds, wider than a normal approximation knows."""
+    rng, truth = np.random.default_rng(4), power.Truth(0.13, 0.1)
+
+    def judged(haystacks):
+        audit = power.simulated_audit(rng, haystacks, truth)
+        seven_each = audit.where(np.arange(len(audit)) % 28 < 7)
+        return judge(seven_each, score="net", resamples=299)
+
+    quick = [judged(10) for _ in range(60)]
+    needed = 10 + int(np.median([v.more_haystacks for v in quick if v.more_haystacks]))
+    shown = [judged(needed).finding is Finding.LOSS for _ in range(60)]
+    assert needed < 50
+    assert np.mean(shown) > 0.7
+
+
 def test_flips_both_ways_by_noise_are_lost_answers_but_no_net_loss(power):
     """A kind the dense model half knows loses and gains: ``net`` tells that from bias."""
     noise = power.Truth(rounding=True, half_known={"hex": 0.6}, dense_right=1.0)
