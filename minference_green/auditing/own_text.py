@@ -30,7 +30,7 @@ from minference_green.methods.method import PrefillMethod, ProfiledMethod
 from minference_green.model.attention import switched
 from minference_green.model.hidden import head, tapped
 from minference_green.model.loading import LoadedModel
-from minference_green.model.text import Encoder
+from minference_green.model.text import Encoder, Tokens
 from minference_green.torch_device import free_memory
 
 ROWS = 256
@@ -38,6 +38,12 @@ ROWS = 256
 
 POSITIONS_OF_KIND = 256
 """Tokens of a kind, spread over the text, whose predictions are compared."""
+
+CHARACTERS_A_TOKEN = 8
+"""More than tokens hold on average, but for a text of nothing but space."""
+
+SLACK = 256
+"""Tokens behind the last one read, so that where a text is cut changes none that is."""
 
 HEAD_TOKENS = 64
 """Tokens on which the head is tried."""
@@ -73,15 +79,18 @@ def own_text(content: str, encoder: Encoder, model: LoadedModel, length: int) ->
     for a text that is too short, or a length the model is not made for.
     """
     model.check_length(length)
-    tokens = encoder.encode(content)
-    shift = len(encoder.opening)
-    whole = len(tokens.ids) + shift
-    count = min(whole, length)
-    if count < LEAST_TEXT_TOKENS:
-        longer = "--context" if whole > length else "one"
+    if length < LEAST_TEXT_TOKENS:
         raise UsageError(
-            f"the text has {whole} tokens for {model.spec} and {length} are to be read, at least "
-            f"{LEAST_TEXT_TOKENS} are needed; give a longer {longer}"
+            f"--context {length} reads too little of a text: at least {LEAST_TEXT_TOKENS} tokens "
+            "are needed"
+        )
+    shift = len(encoder.opening)
+    content, tokens = _beginning(content, encoder, length - shift)
+    count = min(len(tokens.ids) + shift, length)
+    if count < LEAST_TEXT_TOKENS:
+        raise UsageError(
+            f"--text is too short: {len(content)} characters, {count} tokens for {model.spec}; "
+            f"at least {LEAST_TEXT_TOKENS} tokens are needed, give a longer one"
         )
     classes = torch.full((count,), KINDS.index(OTHER))
     spans = tagged(content)
@@ -91,6 +100,20 @@ def own_text(content: str, encoder: Encoder, model: LoadedModel, length: int) ->
             classes[first + shift : last + shift] = number
     ids = [*encoder.opening, *tokens.ids[: count - shift]]
     return Text(torch.tensor([ids], device=model.model.device), classes)
+
+
+def _beginning(content: str, encoder: Encoder, wanted: int) -> tuple[str, Tokens]:
+    """As much of a text as holds ``wanted`` tokens and ``SLACK`` more, or all of it.
+
+    The rest of a long document costs time and memory and is never read.
+    """
+    size = CHARACTERS_A_TOKEN * (wanted + SLACK)
+    while True:
+        part = content[:size]
+        tokens = encoder.encode(part)
+        if size >= len(content) or len(tokens.ids) >= wanted + SLACK:
+            return part, tokens
+        size *= 2
 
 
 def check_readable(model: LoadedModel, text: Text, arms: Mapping[str, PrefillMethod]) -> None:

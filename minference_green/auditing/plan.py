@@ -1,5 +1,6 @@
 """What an audit is asked to do, and what that means on a device."""
 
+import stat
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,6 +29,9 @@ LEAST_TEXT_TOKENS = 1024
 
 LEAST_FILLER_BYTES = 2000
 """A text of the user's own must have some: a line repeated a thousand times is no document."""
+
+MOST_FILE_BYTES = 64 * 2**20
+"""Of a file of the user's own: more than any prompt holds, and less than fills a memory."""
 
 FULL_RECIPE_TOKENS = 8 * 1024
 """From here on a prompt has room for 28 questions even where a token is a byte; shorter ones
@@ -132,9 +136,22 @@ def arms_asked(methods: Sequence[str]) -> tuple[str, ...]:
 def read_text(path: Path, option: str) -> str:
     """The UTF-8 text of a file the user named with ``option``.
 
-    Raises ``UsageError`` for one that cannot be read or is in another encoding, with the byte.
+    Raises ``UsageError`` for one that cannot be read, now and again by the process that holds the
+    model (a pipe cannot), that is larger than ``MOST_FILE_BYTES``, or that is in another
+    encoding, with the byte.
     """
     try:
+        found = path.stat()
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            raise UsageError(
+                f"{option} {path} is a pipe or a device, and the text is read more than once; "
+                "save it as a file first"
+            )
+        if found.st_size > MOST_FILE_BYTES:
+            raise UsageError(
+                f"{option} {path} holds {found.st_size} bytes, more than any prompt; give its "
+                f"first part, for example head -c {MOST_FILE_BYTES} {path}"
+            )
         return path.read_bytes().decode()
     except OSError as error:
         raise UsageError(f"{option} {path}: {error.strerror}") from error

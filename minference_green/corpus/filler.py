@@ -7,8 +7,9 @@ that stands in no piece stands nowhere.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from types import MappingProxyType
 
@@ -47,10 +48,15 @@ class OwnText:
                 f"the filler text holds no words ({len(self.text)} characters): give another file"
             )
 
-    @property
+    @cached_property
     def name(self) -> str:
         """``text`` and the first 12 digits of its SHA-256."""
         return f"text {sha256(self.text.encode()).hexdigest()[:12]}"
+
+    @cached_property
+    def pieces(self) -> tuple[str, ...]:
+        """The text cut after sentences and lines, once for all haystacks."""
+        return tuple(_pieces(self.text))
 
 
 def filler(kind: str | OwnText, draws: Draws) -> Iterator[str]:
@@ -60,7 +66,7 @@ def filler(kind: str | OwnText, draws: Draws) -> Iterator[str]:
     beginning. Raises ``UsageError`` for another name.
     """
     if isinstance(kind, OwnText):
-        return _around(kind.text, draws)
+        return _around(kind.pieces, draws)
     if kind not in _FILLERS:
         raise UsageError(f"unknown filler {kind!r}: choose {', '.join(_FILLERS)}, or a text file")
     return _FILLERS[kind](draws)
@@ -139,8 +145,7 @@ def _code(draws: Draws) -> Iterator[str]:
         yield f"    return {pick(names)}\n\n\n"
 
 
-def _around(text: str, draws: Draws) -> Iterator[str]:
-    pieces = list(_pieces(text))
+def _around(pieces: Sequence[str], draws: Draws) -> Iterator[str]:
     first = draws.below(len(pieces))
     yield from pieces[first:]
     while True:
@@ -151,13 +156,14 @@ def _around(text: str, draws: Draws) -> Iterator[str]:
 def _pieces(text: str) -> Iterator[str]:
     """The text cut after sentences and lines; what has no end within a line's limit is wrapped."""
     for match in _SENTENCE.finditer(text):
-        piece = match.group()
-        while len(piece) > LONGEST_LINE:
-            space = piece.rfind(" ", 1, LONGEST_LINE)
-            at, after = (space, space + 1) if space > 0 else (LONGEST_LINE, LONGEST_LINE)
-            yield piece[:at] + "\n"
-            piece = piece[after:]
-        if piece:
+        start, end = match.span()
+        # By positions: to cut the front off again and again would copy a long line each time.
+        while end - start > LONGEST_LINE:
+            space = text.rfind(" ", start + 1, start + LONGEST_LINE)
+            at, after = (space, space + 1) if space > 0 else (start + LONGEST_LINE,) * 2
+            yield text[start:at] + "\n"
+            start = after
+        if piece := text[start:end]:
             yield piece if piece[-1] in " \t\n。！？" else piece + "\n"
 
 

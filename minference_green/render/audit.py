@@ -182,11 +182,17 @@ def text_document(audit: Audit, directory: Path | None) -> Document:
         if of.method == NOISE_FLOOR or not known:
             continue
         worst, best = min(known, key=_recall), max(known, key=_recall)
-        sentences.append(
-            f"Of the attention that {format_length(of.tokens)} tokens of your text get, "
-            f"{of.method} keeps least of that to {worst.kind} ({100 * _recall(worst):.1f} %) and "
-            f"most of that to {best.kind} ({100 * _recall(best):.1f} %); one text has no interval."
+        sentence = (
+            f"Of the attention that {_read(of)} {format_length(of.tokens)} tokens of your text "
+            f"get, {of.method} keeps "
         )
+        if len(known) == 1:
+            sentence += f"{100 * _recall(worst):.1f} % of that to {worst.kind}, the only kind"
+            sentence += f" with {SPOKEN_TOKENS} tokens or more"
+        else:
+            sentence += f"least of that to {worst.kind} ({100 * _recall(worst):.1f} %) and "
+            sentence += f"most of that to {best.kind} ({100 * _recall(best):.1f} %)"
+        sentences.append(f"{sentence}; one text has no interval.")
     return Document(
         facts=_facts(findings(audit)),
         doubts=tuple(_doubts(findings(audit), directory)),
@@ -195,6 +201,11 @@ def text_document(audit: Audit, directory: Path | None) -> Document:
         conclusion=tuple(sentences)
         or ("No method's index was seen on your text: nothing is told of attention.",),
     )
+
+
+def _read(of: OfText) -> str:
+    """Whether a text was read to its end: one that is longer than was asked for is not."""
+    return "all" if of.tokens < of.context_length else "the first"
 
 
 def _recall(kind: KindOfText) -> float:
@@ -208,7 +219,7 @@ def _of_text(of: OfText) -> Sheet:
 
     kinds = sorted(of.kinds, key=lambda k: (k.recall is None, k.recall or 0, -(k.kl_nats or 0)))
     return Sheet(
-        f"{of.method} on {of.tokens} tokens of the text: attention kept by kind of the token "
+        f"{of.method} on {_read(of)} {of.tokens} tokens of the text: attention kept by kind of the token "
         "looked at (dense queries and keys), and predictions of such tokens against dense ones",
         (
             "Method",

@@ -7,7 +7,7 @@ import pytest
 
 from minference_green.errors import UsageError
 from minference_green.findings import findings, treatment
-from minference_green.ledger import NOISE_FLOOR, Asked, Spent
+from minference_green.ledger import NOISE_FLOOR, Asked, KindOfText, OfText, Spent
 from minference_green.render.audit import audit_document, conclusion
 from minference_green.render.audit_frontier import cheapest, picture
 from minference_green.render.audit_page import audit_page, heat_map
@@ -251,3 +251,32 @@ def test_the_page_asks_nothing_of_any_network_and_holds_every_kind(half_blind, k
     drawn = ElementTree.fromstring(svg[svg.index("<svg") : svg.index("</svg>") + 6])
     cells = drawn.findall("{http://www.w3.org/2000/svg}rect")
     assert len(cells) == len(kinds) * 3
+
+
+def of_text(audit, tokens, **recall):
+    """An audit of a text of ``tokens`` tokens at 2k, which kept so much of each kind."""
+    kinds = [
+        KindOfText(
+            kind=kind, tokens=500, attention=0.5, recall=kept, positions=256, kl_nats=0.1,
+            top1_agreement=0.9, nll_change_nats=0.0,
+        )
+        for kind, kept in recall.items()
+    ]  # fmt: skip
+    record = OfText(context_length=2048, method="a-shape", tokens=tokens, kinds=tuple(kinds))
+    plan = audit.header.plan.model_copy(update={"text": "mine.txt", "context_lengths": (2048,)})
+    header = audit.header.model_copy(update={"plan": plan})
+    return audit_document(audit.model_copy(update={"header": header, "events": (record,)}))
+
+
+def test_a_text_that_is_longer_than_what_was_read_is_not_said_to_be_all(half_blind):
+    cut = of_text(half_blind, 2048, date=0.5, hex=0.75)
+    assert "a-shape on the first 2048 tokens of the text" in cut.sheets[0].caption
+    assert "the first 2k tokens of your text" in cut.conclusion[0]
+    whole = of_text(half_blind, 2000, date=0.5, hex=0.75)
+    assert "a-shape on all 2000 tokens of the text" in whole.sheets[0].caption
+    assert "keeps least of that to date (50.0 %) and most of that to hex" in whole.conclusion[0]
+
+
+def test_one_kind_in_a_text_is_not_its_own_best_and_worst(half_blind):
+    (sentence,) = of_text(half_blind, 2000, other=0.5).conclusion
+    assert "keeps 50.0 % of that to other, the only kind with 20 tokens or more;" in sentence

@@ -167,11 +167,34 @@ def test_an_arm_out_of_memory_is_skipped_and_the_others_go_on(model, text):
 
 
 def test_a_text_shorter_than_the_least_is_refused(model):
-    told = "the text has 12 tokens for embedded and 4096 are to be read, at least 1024 are needed"
-    with pytest.raises(UsageError, match=f"{told}; give a longer one"):
+    told = "--text is too short: 11 characters, 12 tokens for embedded; at least 1024 tokens"
+    with pytest.raises(UsageError, match=f"{told} are needed, give a longer one"):
         own_text("eleven byte", ENCODER, model, 4096)
-    with pytest.raises(UsageError, match=r"512 are to be read, .*; give a longer --context"):
+    with pytest.raises(UsageError, match="--context 512 reads too little .* at least 1024"):
         own_text(TEXT, ENCODER, model, 512)
+
+
+@pytest.mark.parametrize("width", [1, 3, 40])
+def test_what_follows_the_tokens_that_are_read_is_never_looked_at(model, width):
+    """However many characters a token holds, and the tokens are those of the whole text."""
+
+    class Wide:
+        """Tokens of some characters each."""
+
+        opening, bytes_per_token = (256,), 0
+        longest = 0
+
+        def encode(self, text):
+            self.longest = max(self.longest, len(text))
+            starts = range(0, len(text), width)
+            return Tokens(
+                [ord(text[i]) for i in starts], starts, [min(i + width, len(text)) for i in starts]
+            )
+
+    content, wide = "pump 42 of Rothai, " * 50_000, Wide()
+    found = own_text(content, wide, model, 1100)
+    assert found.ids[0].tolist() == [256, *(ord(content[width * i]) for i in range(1099))]
+    assert wide.longest < 100_000 < len(content)
 
 
 def test_a_yardstick_without_a_density_is_refused(model, text):

@@ -1,10 +1,12 @@
 """What a request means, and what contradicts itself."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from minference_green.auditing.plan import (
+    MOST_FILE_BYTES,
     AuditRequest,
     arms_asked,
     known_kinds,
@@ -92,3 +94,22 @@ def test_a_text_in_another_encoding_is_refused_with_the_byte(tmp_path: Path) -> 
 def test_a_text_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
         read_text(tmp_path / "none.txt", "--filler")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UsageError, match=r"--text .*pipe is a pipe or a device.* save it"):
+        read_text(pipe, "--text")
+    with pytest.raises(UsageError, match="--text /dev/zero is a pipe or a device"):
+        read_text(Path("/dev/zero"), "--text")
+    with pytest.raises(UsageError, match="Is a directory"):
+        read_text(tmp_path, "--text")
+
+
+def test_a_file_larger_than_any_prompt_is_refused_with_its_size(tmp_path: Path) -> None:
+    file = tmp_path / "huge.txt"
+    with file.open("wb") as hole:
+        hole.truncate(MOST_FILE_BYTES + 1)
+    with pytest.raises(UsageError, match=rf"holds {MOST_FILE_BYTES + 1} bytes.* head -c"):
+        read_text(file, "--filler")

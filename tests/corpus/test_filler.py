@@ -113,6 +113,12 @@ def test_a_users_text_begins_anywhere():
     assert SEAM not in starts
 
 
+def test_a_users_text_is_cut_once_for_all_haystacks():
+    text = OwnText(OWN)
+    assert text.pieces is text.pieces
+    assert next(filler(text, Draws(1))) in text.pieces
+
+
 def test_a_line_without_an_end_is_wrapped():
     words = "word " * 1000
     pieces = list(islice(filler(OwnText(words + "x" * 5000), Draws(1)), 20))
