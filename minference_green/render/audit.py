@@ -219,8 +219,8 @@ def _of_text(of: OfText) -> Sheet:
 
     kinds = sorted(of.kinds, key=lambda k: (k.recall is None, k.recall or 0, -(k.kl_nats or 0)))
     return Sheet(
-        f"{of.method} on {_read(of)} {of.tokens} tokens of the text: attention kept by kind of the token "
-        "looked at (dense queries and keys), and predictions of such tokens against dense ones",
+        f"{of.method} on {_read(of)} {of.tokens} tokens of the text: attention kept by kind of the "
+        "token looked at (dense queries and keys), and predictions of such tokens against dense ones",
         (
             "Method",
             "Kind",

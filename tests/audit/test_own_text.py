@@ -170,7 +170,7 @@ def test_a_text_shorter_than_the_least_is_refused(model):
     told = "--text is too short: 11 characters, 12 tokens for embedded; at least 1024 tokens"
     with pytest.raises(UsageError, match=f"{told} are needed, give a longer one"):
         own_text("eleven byte", ENCODER, model, 4096)
-    with pytest.raises(UsageError, match="--context 512 reads too little .* at least 1024"):
+    with pytest.raises(UsageError, match=r"--context 512 reads too little .* at least 1024"):
         own_text(TEXT, ENCODER, model, 512)
 
 
