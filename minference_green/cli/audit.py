@@ -182,6 +182,6 @@ def _finish(ask: Callable[[], Path], json_output: bool) -> None:
     skips = list(load_audit(directory).of(Skip))
     if skips:
         raise MeasurementError(
-            f"{len(skips)} arms could not be audited, the first being {skips[0].method}: "
-            f"{skips[0].reason}"
+            f"{len(skips)} arm{'' if len(skips) == 1 else 's'} could not be audited, the first "
+            f"being {skips[0].method}: {skips[0].reason}"
         )

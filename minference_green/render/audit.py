@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from minference_green.detectable import TESTABLE_ITEMS
 from minference_green.findings import PLACES, YARDSTICKS, Arm, Findings, Place, findings
-from minference_green.groups import GroupTest
+from minference_green.groups import GroupTest, Trend
 from minference_green.ledger import NOISE_FLOOR, Audit, KindOfText, OfText
-from minference_green.render.audit_frontier import cheapest, frontier_sheet
+from minference_green.render.audit_frontier import cheapest, frontier_sheet, share_of_answers
 from minference_green.render.document import Document, Sheet
 from minference_green.render.numbers import ABSENT, significant
 from minference_green.results import Backends, Note, Skip
@@ -79,7 +80,7 @@ def conclusion(found: Findings) -> tuple[str, ...]:
 
 def _sentence(arm: Arm) -> str:
     shown = [
-        f"{_share(place.retention)} {PLACE_WORDS[name]}"
+        f"{share_of_answers(place.retention)} {PLACE_WORDS[name]}"
         for name, place in arm.places.items()
         if place.dense_right
     ]
@@ -146,19 +147,9 @@ _WHY_NULL = {
 }
 
 
-def _share(share: Share) -> str:
-    """``97 % [95, 98]``."""
-    if share.value is None:
-        return ABSENT
-    value = f"{100 * share.value:.1f}".removesuffix(".0")
-    if share.low is None or share.high is None:
-        return f"{value} %"
-    return f"{value} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
-
-
 def _told(share: Share, notes: _Footnotes) -> str:
     reason = None if share.reason is None else _WHY_NULL.get(share.reason, share.reason)
-    return notes.mark(_share(share), reason)
+    return notes.mark(share_of_answers(share), reason)
 
 
 def _places(found: Findings) -> tuple[str, ...]:
@@ -220,7 +211,8 @@ def _of_text(of: OfText) -> Sheet:
     kinds = sorted(of.kinds, key=lambda k: (k.recall is None, k.recall or 0, -(k.kl_nats or 0)))
     return Sheet(
         f"{of.method} on {_read(of)} {of.tokens} tokens of the text: attention kept by kind of the "
-        "token looked at (dense queries and keys), and predictions of such tokens against dense ones",
+        "token looked at (dense queries and keys), and predictions of such tokens against dense "
+        "ones",
         (
             "Method",
             "Kind",
@@ -322,14 +314,17 @@ def _groups(arm: Arm, what: str, test: GroupTest | None) -> Sheet:
     p = "" if test is None or test.p is None else f"; that any loses more: {_p(test.p)}"
     places = [p for p in PLACES if p in arm.places] if what == "Kind" else []
 
-    def share(kind: str, place: str) -> str:
+    def counts(kind: str, place: str) -> str:
         kept, of = arm.kept(kind, place)
         return f"{kept}/{of}"
 
-    words = {"few-right": "not testable: dense fails it", "never-beside-another": "not testable"}
+    words = {
+        "few-right": f"not tested: under {TESTABLE_ITEMS} right",
+        "never-beside-another": "not tested: no rest",
+    }
+    how = f"each against the rest, Holm over {tested}{p}" if tested else "none tested"
     return Sheet(
-        f"{arm.method} at {format_length(arm.length)} by {what.lower()}, each against the rest, "
-        f"Holm over {tested}{p}",
+        f"{arm.method} at {format_length(arm.length)} by {what.lower()}, {how}",
         (
             "Context",
             what,
@@ -346,7 +341,7 @@ def _groups(arm: Arm, what: str, test: GroupTest | None) -> Sheet:
             (
                 format_length(arm.length),
                 g.name,
-                *(share(g.name, p) for p in places),
+                *(counts(g.name, p) for p in places),
                 str(g.dense_right),
                 str(g.lost),
                 str(g.gained),
@@ -362,6 +357,14 @@ def _groups(arm: Arm, what: str, test: GroupTest | None) -> Sheet:
 
 def _p(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def _trend(trend: Trend | None) -> str:
+    """``-14 points, p = 0.038``: less is lost at the end than at the start."""
+    if trend is None or trend.slope is None or trend.p is None:
+        return ABSENT
+    points = round(100 * trend.slope) + 0  # never -0
+    return f"{points:+d} points, {_p(trend.p)}"
 
 
 def _treatments(found: Findings, notes: _Footnotes) -> Sheet:
@@ -520,13 +523,14 @@ def _verdicts(found: Findings, notes: _Footnotes) -> Sheet:
                 if even is None or even.ratio is None
                 else f"{even.ratio:.2f} ({even.worst} / {even.best})",
                 ABSENT if even is None else f"{even.by_chance:.2f}",
-                ABSENT if arm.trend is None or arm.trend.p is None else _p(arm.trend.p),
+                _trend(arm.trend),
             )
         )
     return Sheet(
         "Verdict over all questions, on lost less gained; the least loss, overall and of one kind, "
         "that this audit would find in 80 % of cases; worst kind over best, and what that falls "
-        "to by chance; trend with depth",
+        "to by chance; how much more is lost at the end of the context than at its start, by a "
+        "straight line",
         (
             "Context",
             "Method",
@@ -536,7 +540,7 @@ def _verdicts(found: Findings, notes: _Footnotes) -> Sheet:
             "Of one kind",
             "Disparity",
             "By chance",
-            "Depth",
+            "Start to end",
         ),
         tuple(rows),
     )

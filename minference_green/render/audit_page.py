@@ -103,7 +103,7 @@ def _cell(x: float, y: float, kept: int, of: int) -> Iterator[str]:
         f'fill="{fill}"/>'
     )
     dark = share is not None and (share < DARK_BELOW or share > DARK_ABOVE)
-    shown = "not testable" if share is None else f"{kept}/{of}"
+    shown = "none right" if share is None else f"{kept}/{of}"
     style = "label" if share is None else ""
     ink = "#fff" if dark else "#000"
     yield _text(x + _CELL_WIDTH / 2, y + 16, shown, style, fill=None if share is None else ink)

@@ -99,7 +99,31 @@ def test_a_kind_that_dense_fails_is_not_testable_rather_than_unharmed(planned):
     kinds = {g.name: g for g in found.arm(LENGTH, "a-shape").kinds.groups}
     assert kinds["hex"].untestable == "few-right"
     assert kinds["date"].untestable is None
-    assert "not testable" in heat_map(found, LENGTH)
+    assert "none right" in heat_map(found, LENGTH)
+    (sheet,) = (s for s in audit_document(found.audit).sheets if " by kind, " in s.caption)
+    assert next(row for row in sheet.rows if row[1] == "hex")[-1] == "not tested: under 5 right"
+
+
+def test_kinds_too_few_to_test_are_not_said_to_be_failed_by_dense(planned):
+    sheets = audit_document(planned(lambda *_: False, haystacks=1)).sheets
+    (sheet,) = (s for s in sheets if " by kind, " in s.caption)
+    assert sheet.caption.endswith("none tested")
+    assert {row[-1] for row in sheet.rows} == {"not tested: under 5 right"}
+    assert {row[-4] for row in sheet.rows} == {"100.0 %"}
+
+
+def test_the_trend_over_depths_says_which_end_loses_more(planned):
+    def verdicts(lost):
+        def errs(arm, haystack, fact, place):
+            return arm == "a-shape" and chance(lost(fact.depth), haystack, fact.id)
+
+        sheets = audit_document(planned(errs, haystacks=8)).sheets
+        (sheet,) = (s for s in sheets if s.caption.startswith("Verdict"))
+        return dict(zip(sheet.columns, sheet.rows[0], strict=True))["Start to end"]
+
+    assert verdicts(lambda depth: 0.4 * depth).startswith("+")
+    assert verdicts(lambda depth: 0.4 * (1 - depth)).startswith("-")
+    assert verdicts(lambda depth: 0.0) == "+0 points, p = 1.000"
 
 
 def test_a_model_that_fails_everything_loses_nothing_and_is_told_so(planned):
