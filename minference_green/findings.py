@@ -364,8 +364,8 @@ def cost(audit: Audit, length: int, method: str) -> Cost:
         reasons = [*reasons, "no energy was measured"]
     elif shortest < SHORT_WINDOW_SECONDS:
         reasons.append(
-            f"windows as short as {shortest:.2f} s, which a counter that moves every 100 ms "
-            "resolves poorly; green-bench run measures energy"
+            f"windows below {SHORT_WINDOW_SECONDS:g} s, too short for a meter to tell well; "
+            "green-bench run measures energy"
         )
     return Cost(
         prompts=sum(w.prompts for w in valid),

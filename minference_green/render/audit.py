@@ -95,7 +95,10 @@ def _sentence(arm: Arm) -> str:
         for name, place in arm.places.items()
         if place.dense_right
     )
-    named = [*(arm.kinds.named if arm.kinds else ()), *(arm.depths.named if arm.depths else ())]
+    named = [
+        *(arm.kinds.named if arm.kinds else ()),
+        *(f"facts at depth {depth}" for depth in (arm.depths.named if arm.depths else ())),
+    ]
     if named:
         text += f". It loses more of {_joined(named)} than of the rest (Holm 5 %)"
     return text + "."

@@ -1,6 +1,6 @@
 """What is kept against what it costs: methods and budgets side by side."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from minference_green.findings import YARDSTICKS, Arm, Findings
@@ -50,17 +50,21 @@ def points(found: Findings, length: int) -> tuple[Point, ...]:
         and (a in found.compared or a.method == found.dense)
         and a.method not in YARDSTICKS
     ]
-    return tuple(sorted((_point(a) for a in chosen), key=lambda p: (p.base, p.budget)))
+    placed = (_point(a, is_dense=a.method == found.dense) for a in chosen)
+    return tuple(sorted(placed, key=lambda p: (p.base, p.budget)))
 
 
-def _point(arm: Arm) -> Point:
+def _point(arm: Arm, *, is_dense: bool) -> Point:
     assert arm.answers is not None
+    kept = retention(arm.answers)
+    if is_dense:  # it keeps its own answers by definition; there is nothing to estimate
+        kept = replace(kept, low=None, high=None, how=None)
     return Point(
         method=arm.method,
         length=arm.length,
         density=arm.computed.density if arm.computed else None,
         recall=arm.computed.recall if arm.computed else None,
-        kept=retention(arm.answers),
+        kept=kept,
         joules_per_mtok=arm.cost.joules_per_mtok,
         seconds_per_mtok=arm.cost.seconds_per_mtok,
     )
@@ -137,27 +141,34 @@ def cheapest(found: Findings, length: int) -> str:
         )
     if not priced and not by_time:
         return f"At {at} no prefill that keeps {100 * ENOUGH:g} % of the answers was measured."
-    if priced:
-        chosen = min(priced, key=lambda p: p.joules_per_mtok or 0.0)
-        price = f"{significant(chosen.joules_per_mtok, 3)} J/Mtok"
-        least = "least energy"
-    else:
-        chosen = min(by_time, key=lambda p: p.seconds_per_mtok or 0.0)
-        price = f"{significant(chosen.seconds_per_mtok, 3)} s/Mtok (no energy was measured)"
-        least = "least time"
-    low = chosen.kept.low
-    bound = "" if low is None else f", at least {100 * low:.1f} % with 95 % confidence"
-    dense = next((p for p in points(found, length) if p.method == found.dense), None)
-    than = ""
-    if priced and dense is not None and dense.joules_per_mtok:
-        share = 1 - (chosen.joules_per_mtok or 0.0) / dense.joules_per_mtok
-        than = f", {abs(100 * share):.0f} % {'less' if share >= 0 else 'more'} than dense"
+    by_energy = bool(priced)
+
+    def price(point: Point | None) -> float | None:
+        if point is None:
+            return None
+        return point.joules_per_mtok if by_energy else point.seconds_per_mtok
+
+    chosen = min(priced or by_time, key=lambda p: price(p) or 0.0)
+    what, unit = ("energy", "J/Mtok") if by_energy else ("time", "s/Mtok")
+    told = f"{100 * (chosen.kept.value or 0):.1f} % kept"
+    if chosen.kept.low is not None:
+        told += f", at least {100 * chosen.kept.low:.1f} % with 95 % confidence"
+    told += f", {significant(price(chosen), 3)} {unit}"
+    if not by_energy:
+        told += " (no energy was measured)"
+    saved = None
+    if whole := price(next((p for p in points(found, length) if p.method == found.dense), None)):
+        saved = 1 - (price(chosen) or 0.0) / whole
+        told += f", {abs(100 * saved):.0f} % {'less' if saved >= 0 else 'more'} than dense"
     if unpriced := [p.method for p in keeping if p not in (priced or by_time)]:
-        than += f"; what {', '.join(unpriced)} takes was not measured"
-    return (
-        f"At {at} the {least} that keeps {100 * ENOUGH:g} % of the answers is {chosen.method}'s: "
-        f"{100 * (chosen.kept.value or 0):.1f} % kept{bound}, {price}{than}."
-    )
+        told += f"; what {', '.join(unpriced)} takes was not measured"
+    enough = f"keeps {100 * ENOUGH:g} % of the answers"
+    if saved is not None and saved < 0:
+        return (
+            f"At {at} no method and budget that {enough} takes less {what} than dense prefill; "
+            f"{chosen.method} comes nearest: {told}."
+        )
+    return f"At {at} the least {what} that {enough} is {chosen.method}'s: {told}."
 
 
 def picture(found: Findings, length: int) -> str:
@@ -172,7 +183,8 @@ def picture(found: Findings, length: int) -> str:
     if len(placed) < 2:
         return ""
     most = 1.05 * max(x for _, x in placed)
-    least = min(0.9, min(p.kept.low or 0.0 for p, _ in placed) - 0.02)
+    lowest = (p.kept.value if p.kept.low is None else p.kept.low for p, _ in placed)
+    least = min(0.9, min(low or 0.0 for low in lowest) - 0.02)
     least = max(0.0, least)
 
     def x_of(cost: float) -> float:
@@ -183,11 +195,14 @@ def picture(found: Findings, length: int) -> str:
 
     axis = "joules" if energy else "seconds"
     title = f"Answers kept against {axis} per million tokens at {format_length(length)}"
+    read = f"bars are 90 % intervals, the dashed line {100 * ENOUGH:g} %"
     parts = [
         f'<svg role="img" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" '
         'xmlns="http://www.w3.org/2000/svg">',
-        f"<title>{escape(title)}</title><desc>The table of budgets holds the same figures; bars "
-        "are 90 % intervals.</desc>",
+        f"<title>{escape(title)}</title><desc>The table of budgets holds the same figures; {read}."
+        "</desc>",
+        f'<text class="label" x="{_LEFT}" y="{_TOP - 14}">Answers kept at {format_length(length)}; '
+        f"{read}</text>",
         f'<path d="M{_LEFT},{_TOP} V{_HEIGHT - _BOTTOM} H{_WIDTH - _RIGHT}" fill="none" '
         'stroke="currentColor"/>',
         f'<path d="M{_LEFT},{y_of(ENOUGH):.1f} H{_WIDTH - _RIGHT}" stroke="currentColor" '

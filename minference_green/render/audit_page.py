@@ -28,6 +28,9 @@ svg .label { fill: var(--ink); }
 
 _CELL_WIDTH, _CELL_HEIGHT, _LABEL_WIDTH, _HEAD_HEIGHT = 104, 24, 90, 46
 
+_LETTER_WIDTH = 7
+"""Of a method's name above its column, in the page's 12 px."""
+
 _WORST, _BEST = (178, 24, 43), (33, 102, 172)
 """Red to blue through white: told apart also by those who do not see green."""
 
@@ -72,7 +75,8 @@ def heat_map(found: Findings, length: int) -> str:
     if not columns:
         return ""
     kinds = found.audit.header.plan.kinds
-    width = _LABEL_WIDTH + _CELL_WIDTH * len(columns)
+    cell = max(_CELL_WIDTH, *(_LETTER_WIDTH * len(arm.method) + 8 for arm, _ in columns))
+    width = _LABEL_WIDTH + cell * len(columns)
     height = _HEAD_HEIGHT + _CELL_HEIGHT * len(kinds)
     title = f"Answers kept by kind at {format_length(length)} tokens"
     words = "Rows are kinds of information, columns methods and places of questions; a cell says "
@@ -83,30 +87,30 @@ def heat_map(found: Findings, length: int) -> str:
         f"<title>{escape(title)}</title><desc>{escape(words)}</desc>",
     ]
     for i, (arm, place) in enumerate(columns):
-        x = _LABEL_WIDTH + _CELL_WIDTH * i + _CELL_WIDTH / 2
+        x = _LABEL_WIDTH + cell * i + cell / 2
         for line, text in enumerate((arm.method, PLACE_WORDS[place])):
             parts.append(_text(x, 18 + 18 * line, text, "label"))
     for row, kind in enumerate(kinds):
         y = _HEAD_HEIGHT + _CELL_HEIGHT * row
         parts.append(_text(_LABEL_WIDTH - 8, y + 16, kind, "label", anchor="end"))
         for i, (arm, place) in enumerate(columns):
-            parts += _cell(_LABEL_WIDTH + _CELL_WIDTH * i, y, *arm.kept(kind, place))
+            parts += _cell(_LABEL_WIDTH + cell * i, y, cell, *arm.kept(kind, place))
     parts.append("</svg>")
     return f'<h2>{escape(title)}</h2><div class="wide">{"".join(parts)}</div>'
 
 
-def _cell(x: float, y: float, kept: int, of: int) -> Iterator[str]:
+def _cell(x: float, y: float, width: float, kept: int, of: int) -> Iterator[str]:
     share = kept / of if of else None
     fill = "none" if share is None else _colour(share)
     yield (
-        f'<rect x="{x + 1}" y="{y + 1}" width="{_CELL_WIDTH - 2}" height="{_CELL_HEIGHT - 2}" '
+        f'<rect x="{x + 1}" y="{y + 1}" width="{width - 2:g}" height="{_CELL_HEIGHT - 2}" '
         f'fill="{fill}"/>'
     )
     dark = share is not None and (share < DARK_BELOW or share > DARK_ABOVE)
     shown = "none right" if share is None else f"{kept}/{of}"
     style = "label" if share is None else ""
     ink = "#fff" if dark else "#000"
-    yield _text(x + _CELL_WIDTH / 2, y + 16, shown, style, fill=None if share is None else ink)
+    yield _text(x + width / 2, y + 16, shown, style, fill=None if share is None else ink)
 
 
 DARK_BELOW, DARK_ABOVE = 0.2, 0.9

@@ -11,6 +11,7 @@ from minference_green.ledger import NOISE_FLOOR, Asked, KindOfText, OfText, Spen
 from minference_green.render.audit import audit_document, conclusion
 from minference_green.render.audit_frontier import cheapest, picture
 from minference_green.render.audit_page import audit_page, heat_map
+from minference_green.results import Reading
 from minference_green.retention import Finding
 
 LENGTH = 12 * 1024
@@ -196,22 +197,81 @@ def test_a_random_index_below_and_an_oracle_above_give_the_regret(planned):
     assert oracle[-1].startswith("n/a")
 
 
+def timed(audit, **seconds):
+    """The same audit, each prefill window of a method so long."""
+    longer = {name.replace("_", "-").replace("-x", " x"): s for name, s in seconds.items()}
+    return audit.model_copy(
+        update={
+            "events": tuple(
+                e.model_copy(update={"end_seconds": e.start_seconds + longer[e.method]})
+                if isinstance(e, Spent) and e.method in longer
+                else e
+                for e in audit.events
+            )
+        }
+    )
+
+
+def test_short_windows_of_many_arms_are_one_footnote(planned):
+    metered = [
+        e.model_copy(update={"readings": (READING,)}) if isinstance(e, Spent) else e
+        for e in planned(lambda *_: False, haystacks=2).events
+    ]
+    audit = planned(lambda *_: False, haystacks=2).model_copy(update={"events": tuple(metered)})
+    document = audit_document(timed(audit, dense=0.9, a_shape=1.1, noise_floor=2.5))
+    short = [i for i, t in enumerate(document.footnotes, 1) if t.startswith("windows below 2 s")]
+    assert len(short) == 1
+    joules = {row[1]: row[4] for row in document.sheets[-1].rows}
+    assert joules == {
+        "dense": f"20.0 ({short[0]})", "a-shape": f"20.0 ({short[0]})", "noise-floor": "10.0"
+    }  # fmt: skip
+
+
+READING = Reading(device="gpu 0", scope="board", obtained="counter", source="", joules=10.0)
+
+
 def test_the_cheapest_budget_that_keeps_enough_is_named(planned):
     shares = {"a-shape x0.25": 0.5, "a-shape x0.5": 0.1, "a-shape": 0.0, "a-shape x2": 0.0}
 
     def errs(arm, haystack, fact, place):
         return chance(shares.get(arm, 0.0), haystack, fact.id)
 
-    audit = planned(errs, arms=("dense", *shares), haystacks=6, frontier=True)
+    measured = planned(errs, arms=("dense", *shares), haystacks=6, frontier=True)
+    audit = timed(measured, dense=2.0, **{"a_shape_x0.25": 0.5, "a_shape": 1.0, "a_shape_x2": 1.5})
     sentence = cheapest(findings(audit), LENGTH)
-    assert "keeps 99 % of the answers is a-shape" in sentence
-    assert "x0.25" not in sentence
-    assert "no energy was measured" in sentence
+    assert "the least time that keeps 99 % of the answers is a-shape's: 100.0 % kept" in sentence
+    assert sentence.endswith("(no energy was measured), 50 % less than dense.")
+    rows = next(s for s in audit_document(audit).sheets if s.columns[2] == "Budget").rows
+    kept = {(row[1], row[2]): row[5] for row in rows}
+    assert kept["dense", "1"] == "100 %"  # by definition, with nothing to estimate
+    assert kept["a-shape", "1"].startswith("100 % [")
     drawn = picture(findings(audit), LENGTH)
     assert drawn.count("<circle") == 5 + 2  # five points, two names
     assert "seconds per million tokens" in drawn
     assert drawn in audit_page(audit)
-    ElementTree.fromstring(drawn)
+    texts = [t.text or "" for t in ElementTree.fromstring(drawn).iter() if t.tag.endswith("text")]
+    assert "Answers kept at 12k; bars are 90 % intervals, the dashed line 99 %" in texts
+
+
+def test_a_budget_that_keeps_enough_and_costs_more_than_dense_is_no_advice(planned):
+    audit = timed(planned(lambda *_: False, haystacks=2), dense=1.0, a_shape=2.5)
+    sentence = cheapest(findings(audit), LENGTH)
+    assert sentence.startswith(
+        "At 12k no method and budget that keeps 99 % of the answers takes less time than dense "
+        "prefill; a-shape comes nearest: 100.0 % kept"
+    )
+    assert sentence.endswith("150 % more than dense.")
+
+
+def test_a_long_name_has_the_room_it_needs_above_its_columns(planned):
+    svg = heat_map(findings(planned(lambda *_: False, arms=("dense", NAME), haystacks=1)), LENGTH)
+    drawn = ElementTree.fromstring(svg[svg.index("<svg") : svg.index("</svg>") + 6])
+    rows = drawn.findall("{http://www.w3.org/2000/svg}rect")
+    assert {float(r.get("width")) for r in rows} == {7 * len(NAME) + 6}
+    assert max(float(r.get("x")) + float(r.get("width")) for r in rows) < float(drawn.get("width"))
+
+
+NAME = "package.module:AMethodWithALongName x0.25"
 
 
 @pytest.mark.parametrize("damage", ["not asked", "fewer questions"])
@@ -247,7 +307,7 @@ def test_a_budget_without_a_valid_window_is_not_chosen_and_said(planned):
         )
 
     one = cheapest(findings(spoiled("a-shape")), LENGTH)
-    assert "is a-shape x0.5's" in one
+    assert "a-shape x0.5" in one
     assert one.endswith("; what a-shape takes was not measured.")
     none = cheapest(findings(spoiled(*names)), LENGTH)
     assert none == "At 12k no prefill that keeps 99 % of the answers was measured."
