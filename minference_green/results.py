@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
+from minference_green.errors import UsageError
 from minference_green.journal import Record, Recorded, Seal, read_records
 from minference_green.workload import Workload
 
@@ -499,5 +500,17 @@ def run_file(path: Path) -> Path:
 def load(path: Path) -> Run:
     """Read a run from its file or directory; raises as :func:`journal.read_records` does."""
     file = run_file(path)
+    if path.is_dir() and not file.exists():
+        raise UsageError(f"{path} holds no {FILE_NAME}: {_meant(path)}")
     header, events, cut = read_records(file, "run", SCHEMA, EVENT, Header)
     return Run(header=header, events=events, cut=cut)
+
+
+def _meant(folder: Path) -> str:
+    """What may have been meant by a folder without a run."""
+    if (folder / "audit.jsonl").exists():
+        return "it is an audit, and a run is asked for; give what green-bench run wrote"
+    inside = sorted(f.parent for f in (*folder.glob("*/run.jsonl"), *folder.glob("*/audit.jsonl")))
+    if inside:
+        return f"it is a folder of {len(inside)} others; name one of them, such as {inside[-1]}"
+    return "give the directory of a run or an audit"

@@ -118,7 +118,10 @@ class ModelRespondent:
         """See :class:`Respondent`. Raises ``UsageError`` if the model is not made for it."""
         self.model.check_length(length)
         check_cache(self.model.model)
-        found, text = self._fitted(index, length)
+        try:
+            found, text = self._fitted(index, length)
+        except UsageError as error:
+            raise UsageError(f"--context {length}: {error}") from error
         return lay_out(found, text, self.encoder, self.model.model.device)
 
     def fullest(self, haystacks: int) -> int:
@@ -199,7 +202,7 @@ class ModelRespondent:
             n_bytes = int(n_bytes * (1 + FILLED) / 2 * wanted / len(text.ids))
         raise UsageError(
             f"cannot make a text of {wanted} tokens for {self.model.spec}: the last of 8 tries "
-            f"had {len(text.ids)} from {n_bytes} bytes; use another --filler or --context"
+            f"had {len(text.ids)} from {n_bytes} bytes; use another --filler or length"
         )
 
     def _made(self, index: int, n_bytes: int) -> tuple[Haystack, Tokens]:

@@ -1,5 +1,6 @@
 """The ``green-bench`` command. Verbs import what they need when they run."""
 
+import os
 import sys
 import traceback
 from typing import Annotated
@@ -23,7 +24,7 @@ from minference_green.cli import (
     settings,
     verify,
 )
-from minference_green.errors import GreenBenchError
+from minference_green.errors import ExitCode, GreenBenchError
 
 EXIT_CODES = """\
 Exit codes: 0 pass or improved; 1 proven regression; 2 usage or configuration; 3 inconclusive;
@@ -83,6 +84,13 @@ def main() -> None:
             traceback.print_exc()
         typer.echo(f"green-bench: {error}", err=True)
         sys.exit(int(error.exit_code))
+    except OSError as error:
+        if debug or error.filename is not None:  # a file's error has its own sentence
+            raise
+        # What is still in the buffer would be refused again, and give another exit code.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        typer.echo(f"green-bench: cannot write the output: {error.strerror}", err=True)
+        sys.exit(int(ExitCode.USAGE))
 
 
 def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:

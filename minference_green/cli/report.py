@@ -60,11 +60,22 @@ def report(
         typer.echo(text, nl=False)
         return
     try:
-        output.write_text(text, encoding="utf-8")
+        _write(output, text)
     except OSError as error:
         raise UsageError(
             f"cannot write the report to {output}: {error.strerror}; choose another --output"
         ) from error
+
+
+def _write(output: Path, text: str) -> None:
+    with output.open("w", encoding="utf-8") as file:
+        try:
+            file.write(text)
+            file.flush()
+        except OSError:
+            if output.is_file():
+                output.unlink()  # half a report reads like a whole one
+            raise
 
 
 def _document(loaded: "Run | Audit", directory: Path) -> "Document":

@@ -176,16 +176,19 @@ def text_document(audit: Audit, directory: Path | None) -> Document:
         if of.method == NOISE_FLOOR or not known:
             continue
         worst, best = min(known, key=_recall), max(known, key=_recall)
+        least, most = (f"{100 * _recall(kind):.1f} %" for kind in (worst, best))
         sentence = (
             f"Of the attention that {_read(of)} {format_length(of.tokens)} tokens of your text "
             f"get, {of.method} keeps "
         )
         if len(known) == 1:
-            sentence += f"{100 * _recall(worst):.1f} % of that to {worst.kind}, the only kind"
+            sentence += f"{least} of that to {worst.kind}, the only kind"
             sentence += f" with {SPOKEN_TOKENS} tokens or more"
+        elif least == most:
+            sentence += f"{least} of that to each kind"
         else:
-            sentence += f"least of that to {worst.kind} ({100 * _recall(worst):.1f} %) and "
-            sentence += f"most of that to {best.kind} ({100 * _recall(best):.1f} %)"
+            sentence += f"least of that to {worst.kind} ({least}) and "
+            sentence += f"most of that to {best.kind} ({most})"
         sentences.append(f"{sentence}; one text has no interval.")
     return Document(
         facts=_facts(findings(audit)),

@@ -364,3 +364,5 @@ def test_a_text_that_is_longer_than_what_was_read_is_not_said_to_be_all(half_bli
 def test_one_kind_in_a_text_is_not_its_own_best_and_worst(half_blind):
     (sentence,) = of_text(half_blind, 2000, other=0.5).conclusion
     assert "keeps 50.0 % of that to other, the only kind with 20 tokens or more;" in sentence
+    (sentence,) = of_text(half_blind, 2000, other=0.99999, date=1.0).conclusion
+    assert "keeps 100.0 % of that to each kind;" in sentence

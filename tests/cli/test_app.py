@@ -1,7 +1,9 @@
 """The front door: quick help, a version, one sentence per error."""
 
 import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +32,19 @@ def test_help_lists_the_verbs_and_every_exit_code(green_bench: GreenBench) -> No
         "130 ",
     ):
         assert word in done.stdout
+
+
+def test_an_output_that_takes_nothing_more_is_no_regression() -> None:
+    """Exit code 1 would be one; a traceback would not say what is full."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "minference_green.cli.app", "--version"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 2
+    assert done.stderr == "green-bench: cannot write the output: No space left on device\n"
 
 
 @pytest.mark.parametrize(

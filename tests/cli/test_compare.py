@@ -144,6 +144,21 @@ def test_runs_that_cannot_be_compared_each_say_why(call, run_at, make_run, store
         assert message in err
 
 
+def test_a_folder_that_is_no_run_is_told_from_one(call, run_at, tmp_path):
+    then = run_at(0.6, "then")
+    (tmp_path / "audits/one").mkdir(parents=True)
+    (tmp_path / "audits/one/audit.jsonl").touch()
+    (tmp_path / "nothing").mkdir()
+    for now, message in {
+        "audits/one": "it is an audit, and a run is asked for",
+        "audits": f"it is a folder of 1 others; name one of them, such as {tmp_path}/audits/one",
+        "nothing": "give the directory of a run or an audit",
+    }.items():
+        code, out, err = call("compare", then, tmp_path / now)
+        assert (code, out) == (2, "")
+        assert f"{now} holds no run.jsonl: {message}" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

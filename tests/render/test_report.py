@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import resource
 
 import pytest
 from rich.console import Console
@@ -389,6 +390,20 @@ def test_an_output_that_cannot_be_written_is_a_usage_error(command, run_director
     done = command(run_directory, "-o", tmp_path / "no" / "such.md")
     assert type(done.exception).__name__ == "UsageError"
     assert "choose another --output" in str(done.exception)
+
+
+def test_half_a_report_is_left_nowhere(command, run_directory, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        done = command(run_directory, "-o", tmp_path / "report.md")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot write the report" in str(done.exception)
+    assert not (tmp_path / "report.md").exists()
+    (tmp_path / "old.md").write_text("before")
+    command(run_directory, "-o", tmp_path / "old.md" / "x")
+    assert (tmp_path / "old.md").read_text() == "before"
 
 
 def test_a_run_that_is_not_there_is_a_usage_error(command, tmp_path):
