@@ -98,7 +98,8 @@ def measure_command(
         readings=readings,
         carbon=carbon,
         valid=valid and not unread,
-        doubts=(*unread, *marks),
+        # A run's remedy for a short window is an option that a command does not have.
+        doubts=(*unread, *(m.replace("raise --window", "measure it for longer") for m in marks)),
     )
 
 

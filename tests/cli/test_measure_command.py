@@ -64,6 +64,8 @@ def test_a_short_command_is_marked(green_bench, meter) -> None:
     done = green_bench("measure", "--meter", meter, "--", "sleep", "1")
     assert done.returncode == 0
     assert "! short" in done.stderr
+    assert "below 2 s; measure it for longer\n" in done.stderr
+    assert "--window" not in done.stderr  # which measure does not have
 
 
 def test_signals_reach_the_command_and_its_end_is_still_measured(start, meter) -> None:
