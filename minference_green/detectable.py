@@ -8,8 +8,11 @@ from typing import Literal
 import numpy as np
 
 from minference_green.clustered import ASSUMED_CORRELATION, BOOTSTRAP_CLUSTERS
-from minference_green.counts import ALPHA, POWER, share_above
+from minference_green.counts import ALPHA, POWER, clopper_pearson, share_above
 from minference_green.errors import UsageError
+
+DECIDING_HAYSTACKS = 5
+"""Fewer haystacks decide nothing: how alike their answers are is not known."""
 
 TESTABLE_ITEMS = 5
 """A group needs as many answers that the dense model gave right before it is tested."""
@@ -19,8 +22,8 @@ TESTABLE_ITEMS = 5
 class Detectable:
     """Smallest effects that an audit of this size finds in 80 % of cases."""
 
-    loss: float
-    """Share of the answers dense gave right whose loss is shown to be beyond the margin."""
+    loss: float | None
+    """Share of answers whose loss is shown to be beyond the margin; null if no share is enough."""
     margin: float
     one_kind: dict[str, float | None]
     """Share that one kind must lose beyond the others to be named; null if no share is enough."""
@@ -81,12 +84,14 @@ def smallest_effects(
     correlation: float,
     correlation_is: Literal["observed", "stated"],
     stated: float,
+    both_ways: bool = False,
 ) -> Detectable:
     """What so many answers find, ``sizes`` of them of each kind.
 
     ``alike`` are those that share an answer's haystack, on average over answers; ``stated`` is
-    the correlation that exact bounds reckon with at least. Raises ``UsageError`` for a margin
-    outside (0, 1).
+    the correlation that exact bounds reckon with at least; ``both_ways`` whether the verdict is
+    on lost less gained, whose exact bounds allow for gains that were not seen. Raises
+    ``UsageError`` for a margin outside (0, 1).
     """
     if not 0 < margin < 1:
         raise UsageError(f"a margin of {margin:g} is not a share of answers; 0.02 means 2 points")
@@ -99,7 +104,7 @@ def smallest_effects(
         if len(tested) > 1
     }
     return Detectable(
-        loss=_detectable_beyond(margin, items, haystacks, alike, correlation, stated),
+        loss=_detectable_beyond(margin, items, haystacks, alike, correlation, stated, both_ways),
         margin=margin,
         one_kind={kind: in_one.get(n) for kind, n in sizes.items()},
         other_loss=other_loss,
@@ -111,8 +116,14 @@ def smallest_effects(
 
 
 def _detectable_beyond(
-    margin: float, items: int, haystacks: int, alike: float, correlation: float, stated: float
-) -> float:
+    margin: float,
+    items: int,
+    haystacks: int,
+    alike: float,
+    correlation: float,
+    stated: float,
+    both_ways: bool,
+) -> float | None:
     """Share whose lower bound is above ``margin`` in the cases wanted.
 
     Either Clopper-Pearson bounds find it, which reckon with ``stated``; or enough haystacks lose
@@ -121,8 +132,11 @@ def _detectable_beyond(
     from scipy.special import betaln
     from scipy.stats import binom
 
-    def bounded(correlation: float) -> float:
-        return share_above(margin, items / (1 + (alike - 1) * correlation))
+    if haystacks < DECIDING_HAYSTACKS:
+        return None
+
+    def effective(correlation: float) -> float:
+        return items / (1 + (alike - 1) * correlation)
 
     def bootstrapped(share: float) -> bool:
         if correlation > 0:
@@ -133,10 +147,15 @@ def _detectable_beyond(
             spared = (1 - share) ** alike
         return float(binom.sf(BOOTSTRAP_CLUSTERS - 1, haystacks, 1 - spared)) >= POWER
 
-    exact = bounded(max(correlation, stated))
+    exactly = effective(max(correlation, stated))
+    unseen = clopper_pearson(0.0, exactly)[1] if both_ways else 0.0
+    if clopper_pearson(1.0, exactly)[0] <= margin + unseen:
+        return None
+    exact = share_above(margin + unseen, exactly)
     if not bootstrapped(exact):
         return exact
-    return min(exact, max(bounded(correlation), _smallest(bootstrapped, 0.0, exact)))
+    resampled = share_above(margin, effective(correlation))
+    return min(exact, max(resampled, _smallest(bootstrapped, 0.0, exact)))
 
 
 def _smallest(enough: Callable[[float], bool], low: float, high: float) -> float:

@@ -195,7 +195,7 @@ class Arm:
     @cached_property
     def detectable(self) -> Detectable | None:
         """Least effects that this audit would find in 80 % of cases."""
-        return None if self.answers is None else detectable(self.answers, self.margin)
+        return None if self.answers is None else detectable(self.answers, self.margin, "net")
 
     @cached_property
     def logprob_shift(self) -> Shift | None:

@@ -31,14 +31,11 @@ from minference_green.clustered import (
     observed_correlation,
 )
 from minference_green.counts import ALPHA, mcnemar, odds_ratio
-from minference_green.detectable import Detectable, smallest_effects
+from minference_green.detectable import DECIDING_HAYSTACKS, Detectable, smallest_effects
 from minference_green.errors import UsageError
 from minference_green.groups import Groups
 from minference_green.permutation import RESAMPLES, codes, group_means, sign_flip_p
 from minference_green.stats import SHOWN_LEVEL, log_mean
-
-DECIDING_HAYSTACKS = 5
-"""Fewer haystacks decide nothing: how alike their answers are is not known."""
 
 MOST_HAYSTACKS = 100_000
 """A verdict that needs more is at its margin."""
@@ -312,30 +309,33 @@ def intra_haystack_correlation(answers: Answers, score: Score = "loss") -> float
 def detectable(
     answers: Answers,
     margin: float = 0.02,
+    score: Score = "loss",
     *,
     correlation: float = ASSUMED_CORRELATION,
 ) -> Detectable | None:
     """What this audit could have seen at 80 % power; ``None`` where nothing could be lost.
 
-    The clustering is the observed one, or ``correlation`` where that is larger and too few
-    haystacks lost something. Kinds as in ``by_kind``; one that is not tested is null.
+    Of the verdict that :func:`judge` gives on ``score``. The clustering of losses is the observed
+    one, or ``correlation`` where that is larger and too few haystacks lost something. Kinds as
+    in ``by_kind``; one that is not tested is null.
     """
-    counts = _counts(answers, "loss")
-    if not len(counts.items):
+    lost, judged = _counts(answers, "loss"), _counts(answers, score)
+    if not len(lost.items):
         return None
     groups = Groups.of(answers, answers.kind, "loss")
     sizes = dict(zip(groups.names.tolist(), groups.sizes.tolist(), strict=True))
-    used, observed = correlation_used(counts, correlation)
+    used, observed = correlation_used(lost, correlation)
     return smallest_effects(
         {str(kind): int(sizes.get(kind, 0)) for kind in np.unique(answers.kind)},
-        items=int(counts.items.sum()),
-        haystacks=len(counts.items),
-        alike=counts.alike,
+        items=int(judged.items.sum()),
+        haystacks=len(judged.items),
+        alike=judged.alike,
         margin=margin,
-        other_loss=counts.share,
+        other_loss=lost.share,
         correlation=used,
         correlation_is="observed" if observed else "stated",
         stated=correlation,
+        both_ways=judged.both_ways,
     )
 
 

@@ -628,6 +628,15 @@ def test_an_audit_without_losses_reckons_with_the_stated_correlation():
     assert clustered.correlation == intra_haystack_correlation(varied(share=0.3))
 
 
+def test_too_few_haystacks_to_decide_can_detect_no_loss_at_all():
+    assert detectable(audit(4, 28), score="net").loss is None
+    assert detectable(audit(4, 28)).loss is None
+    assert detectable(audit(5, 28), score="net").loss < 1.0
+    # Were all of five answers lost, 10 points net would be shown and 20 would not.
+    assert detectable(audit(5, 1), 0.05, "net").loss is not None
+    assert detectable(audit(5, 1), 0.2, "net").loss is None
+
+
 def test_less_is_detectable_with_fewer_haystacks_more_likeness_and_more_kinds():
     def planned(kinds=14, haystacks=120, correlation=0.1, **more):
         names = [f"kind {k}" for k in range(kinds)]

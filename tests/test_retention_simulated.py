@@ -173,6 +173,24 @@ def test_more_haystacks_of_a_quick_audit_decide_what_is_printed(power):
     assert np.mean(shown) > 0.7
 
 
+@pytest.mark.parametrize(("haystacks", "questions"), [(10, 14), (16, 28), (60, 28)])
+def test_a_detectable_net_loss_is_found_by_the_verdict_that_is_printed(power, haystacks, questions):
+    """Exact bounds allow for gains that no answer showed, and so need a larger loss."""
+    rng = np.random.default_rng(3)
+
+    def audit(loss):
+        whole = power.simulated_audit(rng, haystacks, power.Truth(loss, 0.1, dense_right=1.0))
+        return whole.where(np.arange(len(whole)) % 28 < questions)
+
+    least = np.median([detectable(audit(0.02), score="net").loss for _ in range(7)])
+    verdicts = [judge(audit(least), score="net", resamples=299).finding for _ in range(100)]
+    assert np.mean([v is Finding.LOSS for v in verdicts]) > 0.6
+    if haystacks < 24:
+        by_loss = np.median([detectable(audit(0.02)).loss for _ in range(7)])
+        found = [judge(audit(by_loss), score="net", resamples=299).finding for _ in range(60)]
+        assert np.mean([v is Finding.LOSS for v in found]) < 0.3
+
+
 def test_flips_both_ways_by_noise_are_lost_answers_but_no_net_loss(power):
     """A kind the dense model half knows loses and gains: ``net`` tells that from bias."""
     noise = power.Truth(rounding=True, half_known={"hex": 0.6}, dense_right=1.0)

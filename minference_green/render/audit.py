@@ -523,7 +523,7 @@ def _verdicts(found: Findings, notes: _Footnotes) -> Sheet:
                 *_key(arm),
                 _told(arm.verdict.loss, notes),
                 _verdict(arm.verdict),
-                ABSENT if least is None else f"{100 * least.loss:.1f} points",
+                ABSENT if least is None or least.loss is None else f"{100 * least.loss:.1f} points",
                 f"{100 * max(kinds):.0f} points" if kinds else ABSENT,
                 ABSENT
                 if even is None or even.ratio is None
