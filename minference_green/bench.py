@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from shlex import quote
 from typing import Literal, Protocol
 
 from pydantic import Field
@@ -171,7 +172,8 @@ class InterruptedRunError(GreenBenchError):
     def __init__(self, directory: Path, run: Sequence[Event], *, started: bool) -> None:
         go_on = (
             "finished windows are kept. Go on with: "
-            f"green-bench run --resume {directory.name} --output {directory.parent}"
+            f"green-bench run --resume {directory.name} "
+            f"--output {quote(str(directory.parent))}"
             if started
             else "nothing had been measured yet"
         )

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from shlex import quote
 from typing import Any, Protocol
 
 import minference_green
@@ -79,7 +80,7 @@ class InterruptedAuditError(GreenBenchError):
 
     def __init__(self, directory: Path, *, has_answers: bool) -> None:
         go_on = (
-            f"answers are kept. Go on with: green-bench audit --resume {directory}"
+            f"answers are kept. Go on with: green-bench audit --resume {quote(str(directory))}"
             if has_answers
             else "nothing had been answered yet"
         )

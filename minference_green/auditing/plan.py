@@ -4,6 +4,7 @@ import stat
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from shlex import quote
 
 from pydantic import Field
 
@@ -150,7 +151,7 @@ def read_text(path: Path, option: str) -> str:
         if found.st_size > MOST_FILE_BYTES:
             raise UsageError(
                 f"{option} {path} holds {found.st_size} bytes, more than any prompt; give its "
-                f"first part, for example head -c {MOST_FILE_BYTES} {path}"
+                f"first part, for example head -c {MOST_FILE_BYTES} {quote(str(path))}"
             )
         return path.read_bytes().decode()
     except OSError as error:

@@ -6,6 +6,7 @@ import sys
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -95,7 +96,8 @@ def check(
     except InterruptedRunError as stop:
         raise _CheckInterruptedError(
             "interrupted; finished windows are kept. Go on with: "
-            f"green-bench check --baseline {baseline} --resume --output {output}"
+            f"green-bench check --baseline {baseline} --resume "
+            f"--output {quote(str(output))}"
         ) from stop
     except GreenBenchError as error:
         if junit:

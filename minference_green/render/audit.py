@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 
 from minference_green.detectable import TESTABLE_ITEMS
 from minference_green.findings import PLACES, YARDSTICKS, Arm, Findings, Place, findings
@@ -401,6 +402,9 @@ def _flips(found: Findings, notes: _Footnotes) -> Sheet:
         lost = arm.flips.lost_share.value
         beyond = None if noise is None or lost is None else max(0.0, lost - noise)
         of = 0 if arm.answers is None else len(arm.answers)
+        fewer = None
+        if floor is not None and len(floor.items) < len(arm.items):
+            fewer = f"the noise floor was asked {len(floor.items)} of {len(arm.items)} questions"
         rows.append(
             (
                 *_key(arm),
@@ -411,7 +415,7 @@ def _flips(found: Findings, notes: _Footnotes) -> Sheet:
                 _told(arm.flips.gained_share, notes),
                 ABSENT
                 if beyond is None or arm.method == NOISE_FLOOR
-                else f"{100 * beyond:.1f} points",
+                else notes.mark(f"{100 * beyond:.1f} points", fewer),
                 _p(arm.flips.p_haystacks),
             )
         )
@@ -628,7 +632,7 @@ def _doubts(found: Findings, directory: Path | None) -> Iterator[str]:
     if not audit.complete:
         yield (
             f"Incomplete: {audit.answers_done} of {audit.answers_planned} answers. Go on with: "
-            f"green-bench audit --resume {directory or audit.header.audit_id}"
+            f"green-bench audit --resume {quote(str(directory or audit.header.audit_id))}"
         )
     if plan.quick and plan.text is None:
         yield "Quick audit: few haystacks, which can show only a large loss."

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from statistics import fmean
 
 from minference_green.render.numbers import significant
@@ -174,7 +175,7 @@ def doubts(run: Run, directory: Path | None = None) -> tuple[str, ...]:
         place, name = directory.parent, directory.name
         found.append(
             f"Incomplete: {len(run.blocks_done)} of {run.blocks_planned} blocks finished. "
-            f"Go on with: green-bench run --resume {name} --output {place}"
+            f"Go on with: green-bench run --resume {quote(name)} --output {quote(str(place))}"
         )
     if plan.quick:
         found.append("Quick run: short windows and few blocks, for a first impression.")

@@ -212,6 +212,14 @@ def timed(audit, **seconds):
     )
 
 
+def test_a_noise_floor_of_fewer_texts_is_said_beside_what_is_beyond_it(half_blind):
+    document = audit_document(half_blind)
+    (sheet,) = (s for s in document.sheets if s.caption.startswith("Answers that changed"))
+    beyond = dict(zip(sheet.columns, sheet.rows[0], strict=True))["Beyond noise"]
+    footnote = document.footnotes[int(beyond[:-1].rpartition("(")[2]) - 1]
+    assert footnote == "the noise floor was asked 29 of 696 questions"
+
+
 def test_short_windows_of_many_arms_are_one_footnote(planned):
     metered = [
         e.model_copy(update={"readings": (READING,)}) if isinstance(e, Spent) else e

@@ -1,6 +1,8 @@
 """The asking loop: each answer on disk at once, arms that fail marked, interruptions resumed."""
 
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from minference_green.auditing.audit import (
 )
 from minference_green.auditing.loop import Progress, ask_everything
 from minference_green.auditing.plan import AuditRequest
+from minference_green.bench import InterruptedRunError
 from minference_green.errors import NotComparableError, UsageError
 from minference_green.findings import findings
 from minference_green.journal import Seal, SealError
@@ -149,6 +152,8 @@ def test_an_interrupted_audit_is_readable_and_goes_on_where_it_stopped(
     assert 0 < partial.answers_done < partial.answers_planned == 11
     document = audit_document(partial, directory)
     assert any(f"--resume {directory}" in d for d in document.doubts)
+    document = audit_document(partial, Path("my runs"))
+    assert any("--resume 'my runs'" in d for d in document.doubts)
     before = {(a.method, a.haystack) for a in partial.of(Answered)}
 
     resumed = load_audit(resume(directory, quiet, serve()))
@@ -176,6 +181,16 @@ def test_an_audit_stopped_before_its_first_answer_says_so(serve, request_, tmp_p
 
     with pytest.raises(InterruptedAuditError, match="nothing had been answered yet"):
         audit(request_, tmp_path, quiet, serve(stop))
+
+
+def test_the_lines_to_go_on_with_can_be_pasted_whatever_the_folder_is_called():
+    place = Path("my runs/it's")
+    for words in (
+        str(InterruptedAuditError(place, has_answers=True)),
+        str(InterruptedRunError(place / "run-1", (), started=True)),
+    ):
+        pasted = shlex.split(words[words.index("green-bench") :])
+        assert pasted[-1] == "my runs/it's"
 
 
 def test_there_is_nothing_to_resume_where_no_audit_is(tmp_path, quiet):

@@ -186,6 +186,8 @@ def test_an_unfinished_run_shows_what_it_has_and_how_to_go_on(make_run, tmp_path
         blocks_planned=6,
         blocks_finished=1,
     )
+    (told,) = doubts(run, tmp_path / "my runs" / "the-run")
+    assert told.endswith(f"--resume the-run --output '{tmp_path}/my runs'")
     (told,) = doubts(run, tmp_path / "runs" / "the-run")
     assert told == (
         "Incomplete: 1 of 6 blocks finished. Go on with: "
