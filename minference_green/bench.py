@@ -23,7 +23,7 @@ from minference_green.errors import (
     NotComparableError,
     UsageError,
 )
-from minference_green.journal import Journal, Record, Seal
+from minference_green.journal import Journal, Record, Seal, stored_request
 from minference_green.parent import (
     LOG_NAME,
     Cell,
@@ -222,7 +222,7 @@ def _continue(directory: Path, progress: Progress, extension: tuple[int, str] | 
         )
     with Journal(directory / FILE_NAME) as journal:
         so_far = load(directory)
-        request = Request.model_validate(so_far.header.request)
+        request = stored_request(Request, so_far.header.request, so_far.header.version)
         experiment = _Experiment(request, directory, journal, so_far, progress)
         if extension:
             experiment.extend(*extension)

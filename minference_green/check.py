@@ -12,6 +12,7 @@ from minference_green import bench, fingerprint
 from minference_green.baseline import Baseline
 from minference_green.bench import Progress, Request
 from minference_green.errors import NotComparableError, UsageError
+from minference_green.journal import stored_request
 from minference_green.results import FILE_NAME, Run, load
 from minference_green.verdict import LOOKS, Outcome, Verdict, check_allowed, compare, next_look
 
@@ -88,7 +89,7 @@ def _request(
             f"baseline {stored.name} was not measured by green-bench run ({header.energy}, "
             f"{header.workload.model}), so check cannot repeat it"
         )
-    request = Request.model_validate(header.request)
+    request = stored_request(Request, header.request, header.version)
     return request.model_copy(
         update={
             "options": {**request.options, **{k: dict(v) for k, v in options.items()}},
@@ -104,7 +105,7 @@ def _refuse_other_ground(directory: Path, request: Request) -> None:
     """The package and what is under it may change while the user's repository stands still."""
     header = load(directory).header
     then, now = header.fingerprint, fingerprint.software(None)
-    asked = Request.model_validate(header.request)
+    asked = stored_request(Request, header.request, header.version)
     commit, dirty = fingerprint.code_version()
     changed = [
         name

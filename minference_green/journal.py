@@ -8,7 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeVar
 
@@ -101,6 +101,22 @@ def read_records(
             f"give a file written by green-bench {what}, or its directory"
         )
     return events[0], tuple(events[1:]), rest != b""
+
+
+def stored_request(kind: type[Head], stored: Mapping[str, Any], version: str) -> Head:
+    """What a run or an audit was asked to do, from the header that ``version`` wrote.
+
+    Raises ``UsageError`` for a request this version does not know: going on would do another job.
+    """
+    try:
+        return kind.model_validate(stored)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UsageError(
+            f"what was asked for cannot be read: {field}: {first['msg']}; go on with "
+            f"minference-green {version}, which wrote it, or start anew"
+        ) from error
 
 
 def _parse(

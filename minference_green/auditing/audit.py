@@ -20,7 +20,7 @@ from minference_green.errors import (
     NotComparableError,
     UsageError,
 )
-from minference_green.journal import Journal, Seal
+from minference_green.journal import Journal, Seal, stored_request
 from minference_green.ledger import (
     EVENT,
     FILE_NAME,
@@ -117,7 +117,8 @@ def resume(directory: Path, progress: Progress, serve: Serve | None = None) -> P
         )
     with Journal(directory / FILE_NAME) as journal:
         so_far = load_audit(directory)
-        request = AuditRequest.model_validate(so_far.header.request)
+        header = so_far.header
+        request = stored_request(AuditRequest, header.request, header.version)
         Conversation(request, directory, journal, so_far, progress).run(serve)
     return directory
 

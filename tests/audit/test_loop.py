@@ -193,6 +193,29 @@ def test_the_lines_to_go_on_with_can_be_pasted_whatever_the_folder_is_called():
         assert pasted[-1] == "my runs/it's"
 
 
+@pytest.mark.parametrize(
+    ("then", "now", "message"),
+    [
+        ('"request":{', '"request":{"mood":"good",', "mood: Extra inputs are not permitted"),
+        ('"seed":0,"dtype":"auto"', '"seed":"x","dtype":"auto"', "seed: Input should be"),
+    ],
+)
+def test_a_request_of_another_version_is_refused_with_that_version(
+    serve, request_, tmp_path, quiet, then, now, message
+):
+    def stop(arm, haystack):
+        if haystack == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedAuditError):
+        audit(request_, tmp_path, quiet, serve(stop))
+    file = only(tmp_path) / "audit.jsonl"
+    assert file.read_text().count(then) == 1
+    file.write_text(file.read_text().replace(then, now).replace('"version":"0', '"version":"7'))
+    with pytest.raises(UsageError, match=rf"{message}.*go on with minference-green 7\.1\.0"):
+        resume(only(tmp_path), quiet, serve())
+
+
 def test_there_is_nothing_to_resume_where_no_audit_is(tmp_path, quiet):
     with pytest.raises(UsageError, match="there is no audit at"):
         resume(tmp_path, quiet)
