@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minference_green.findings import PLACES, Arm, Findings, findings
-from minference_green.ledger import Audit, OfText
+from minference_green.ledger import Audit, KindOfText, OfText
 from minference_green.render.audit import audit_document
 
 
@@ -57,12 +57,26 @@ def _arm(found: Findings, arm: Arm) -> dict[str, Any]:
 
 
 def audit_csv(audit: Audit) -> str:
-    """One row per length, arm, kind and place: answers dense gave right, and those kept."""
+    """One row per length, arm, kind and place: answers dense gave right, and those kept.
+
+    Of a text of the user's own one per length, arm and kind: what was kept and predicted of it.
+    """
     out = io.StringIO()
-    columns = ("context_length", "method", "kind", "place", "dense_right", "kept")
+    if audit.header.plan.text is None:
+        columns: tuple[str, ...] = (
+            "context_length", "method", "kind", "place", "dense_right", "kept"
+        )  # fmt: skip
+        rows = _rows(findings(audit))
+    else:
+        columns = ("context_length", "method", *KindOfText.model_fields)
+        rows = [
+            {"context_length": of.context_length, "method": of.method, **kind.model_dump()}
+            for of in audit.of(OfText)
+            for kind in of.kinds
+        ]
     writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_rows(findings(audit)))
+    writer.writerows(rows)
     return out.getvalue()
 
 

@@ -1,5 +1,6 @@
 """What a report says of answers whose errors are known."""
 
+import csv
 import random
 from xml.etree import ElementTree
 
@@ -9,6 +10,7 @@ from minference_green.errors import UsageError
 from minference_green.findings import findings, treatment
 from minference_green.ledger import NOISE_FLOOR, Asked, KindOfText, OfText, Spent
 from minference_green.render.audit import audit_document, conclusion
+from minference_green.render.audit_export import audit_csv
 from minference_green.render.audit_frontier import cheapest, picture
 from minference_green.render.audit_page import audit_page, heat_map
 from minference_green.results import Reading
@@ -345,7 +347,7 @@ def test_the_page_asks_nothing_of_any_network_and_holds_every_kind(half_blind, k
     assert len(cells) == len(kinds) * 3
 
 
-def of_text(audit, tokens, **recall):
+def text_audit(audit, tokens, **recall):
     """An audit of a text of ``tokens`` tokens at 2k, which kept so much of each kind."""
     kinds = [
         KindOfText(
@@ -357,7 +359,22 @@ def of_text(audit, tokens, **recall):
     record = OfText(context_length=2048, method="a-shape", tokens=tokens, kinds=tuple(kinds))
     plan = audit.header.plan.model_copy(update={"text": "mine.txt", "context_lengths": (2048,)})
     header = audit.header.model_copy(update={"plan": plan})
-    return audit_document(audit.model_copy(update={"header": header, "events": (record,)}))
+    return audit.model_copy(update={"header": header, "events": (record,)})
+
+
+def of_text(audit, tokens, **recall):
+    return audit_document(text_audit(audit, tokens, **recall))
+
+
+def test_the_csv_of_a_text_has_a_row_for_every_kind(half_blind):
+    rows = list(
+        csv.DictReader(audit_csv(text_audit(half_blind, 2048, date=0.5, hex=None)).split("\n"))
+    )
+    assert [(r["method"], r["kind"], r["recall"]) for r in rows] == [
+        ("a-shape", "date", "0.5"),
+        ("a-shape", "hex", ""),
+    ]
+    assert rows[0]["kl_nats"] == "0.1"
 
 
 def test_a_text_that_is_longer_than_what_was_read_is_not_said_to_be_all(half_blind):
