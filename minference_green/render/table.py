@@ -1,6 +1,7 @@
 """A report for people at a terminal, and as plain lines for logs."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -10,6 +11,12 @@ from minference_green.render.document import Document, Sheet
 
 TEXT_COLUMNS = 2
 """Context and method stand left; figures stand right."""
+
+GAP = 2
+"""Blanks between two columns."""
+
+LEAST_WIDTH = 4
+"""Of a column: a heading folded to single letters is none."""
 
 
 def plain(document: Document) -> str:
@@ -57,7 +64,8 @@ def show(document: Document, console: Console) -> None:
     for sheet in document.sheets:
         console.print()
         console.print(Text(sheet.caption, style="italic"))
-        console.print(_table(sheet))
+        for part in _fitted(sheet, console.width):
+            console.print(part)
     console.print()
     for line in _footnotes(document):
         console.print(Text(line, style="dim"))
@@ -65,12 +73,33 @@ def show(document: Document, console: Console) -> None:
         console.print(Text(sentence, style="bold"))
 
 
-def _table(sheet: Sheet) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+def _fitted(sheet: Sheet, width: int) -> Iterator[Table | Text]:
+    """A table whose figures are whole: headings are folded, and then rows become blocks."""
+    widths = [max(LEAST_WIDTH, *map(len, column)) for column in zip(*sheet.rows, strict=True)]
+    spare = width - sum(widths) - GAP * len(widths)
+    if spare < 0:
+        yield from _blocks(sheet)
+        return
+    # Room that is left keeps words of headings whole, and then headings.
+    for wanted in (
+        [max(map(len, heading.split())) for heading in sheet.columns],
+        [len(heading) for heading in sheet.columns],
+    ):
+        for i, least in enumerate(wanted):
+            more = min(spare, max(0, least - widths[i]))
+            widths[i], spare = widths[i] + more, spare - more
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
     for i, column in enumerate(sheet.columns):
-        table.add_column(
-            Text(column), justify="left" if i < TEXT_COLUMNS else "right", overflow="fold"
-        )
+        justify: Literal["left", "right"] = "left" if i < TEXT_COLUMNS else "right"
+        table.add_column(Text(column), justify=justify, width=widths[i], overflow="fold")
     for row in sheet.rows:
         table.add_row(*(Text(text) for text in row))
-    return table
+    yield table
+
+
+def _blocks(sheet: Sheet) -> Iterator[Text]:
+    for row in sheet.rows:
+        yield Text("  ".join(row[:TEXT_COLUMNS]), style="bold")
+        for heading, text in zip(sheet.columns[TEXT_COLUMNS:], row[TEXT_COLUMNS:], strict=True):
+            if text:
+                yield Text(f"  {heading}: {text}")

@@ -1,10 +1,12 @@
 """What a report says of answers whose errors are known."""
 
 import csv
+import io
 import random
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 
 from minference_green.errors import UsageError
 from minference_green.findings import findings, treatment
@@ -13,6 +15,7 @@ from minference_green.render.audit import audit_document, conclusion
 from minference_green.render.audit_export import audit_csv
 from minference_green.render.audit_frontier import cheapest, picture
 from minference_green.render.audit_page import audit_page, heat_map
+from minference_green.render.table import show
 from minference_green.results import Reading
 from minference_green.retention import Finding
 
@@ -83,6 +86,17 @@ def test_a_method_that_drops_a_range_of_depths_has_that_range_named(planned):
     arm = findings(planned(drops)).arm(LENGTH, "a-shape")
     assert arm.depths.named == ("0.4-0.6",)
     assert arm.kinds.named == ()
+
+
+@pytest.mark.parametrize("width", [50, 80, 100, 200])
+def test_no_figure_is_broken_over_lines_on_a_narrow_terminal(half_blind, width):
+    document = audit_document(half_blind)
+    console = Console(width=width, record=True, file=io.StringIO())
+    show(document, console)
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    cells = {cell for sheet in document.sheets for row in sheet.rows for cell in row if cell}
+    assert not {c for c in cells if len(c) < 44 and not any(c in line for line in lines)}
 
 
 def test_the_caption_of_kinds_counts_those_tested_and_names_the_test(planned):
