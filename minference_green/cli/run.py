@@ -186,12 +186,13 @@ def parse_decode(tokens: int) -> int:
 
 
 def prompt_fields(path: Path | None) -> dict[str, str]:
-    """The request's fields for a prompt file, its content pinned by hash."""
+    """The request's fields for a prompt file, its content pinned by hash.
+
+    Raises as :func:`minference_green.auditing.plan.read_text` does.
+    """
     if path is None:
         return {}
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"--prompt {path}: {error.strerror}") from error
-    digest = hashlib.sha256(content).hexdigest()
+    from minference_green.auditing.plan import read_text
+
+    digest = hashlib.sha256(read_text(path, "--prompt").encode()).hexdigest()
     return {"prompt": str(path.resolve()), "prompt_sha256": digest}

@@ -22,7 +22,9 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 caption { text-align: left; font-style: italic; padding-bottom: .25rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .2rem .7rem; text-align: right;
   white-space: nowrap; font-variant-numeric: tabular-nums; }
-th.text, td.text { text-align: left; } svg text { font: 12px system-ui, sans-serif; }
+th.text, td.text { text-align: left; }
+.facts td { white-space: normal; overflow-wrap: anywhere; }
+svg text { font: 12px system-ui, sans-serif; }
 svg .label { fill: var(--ink); }
 """
 
@@ -55,7 +57,7 @@ def audit_page(audit: Audit, directory: Path | None = None) -> str:
         ),
         *(_table(sheet) for sheet in document.sheets),
         *(f"<p>({i}) {escape(text)}</p>" for i, text in enumerate(document.footnotes, 1)),
-        "<h2>Provenance</h2><table>",
+        '<h2>Provenance</h2><table class="facts">',
         *(
             f'<tr><th class="text">{escape(label)}</th><td class="text">{escape(text)}</td></tr>'
             for label, text in document.facts

@@ -355,6 +355,10 @@ def test_the_page_asks_nothing_of_any_network_and_holds_every_kind(half_blind, k
     for kind in kinds:
         assert f">{kind}<" in page
     assert len(page.encode()) < 300_000
+    # Long facts wrap on a telephone; all other tables scroll in a box of their own.
+    assert page.count("<table") - page.count('<div class="wide"><table') == 1
+    assert '<table class="facts">' in page
+    assert ".facts td { white-space: normal;" in page
     svg = heat_map(findings(half_blind), LENGTH)
     drawn = ElementTree.fromstring(svg[svg.index("<svg") : svg.index("</svg>") + 6])
     cells = drawn.findall("{http://www.w3.org/2000/svg}rect")

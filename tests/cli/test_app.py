@@ -61,6 +61,7 @@ def test_an_output_that_takes_nothing_more_is_no_regression() -> None:
         (["run", "--window", "0s"], "more than 0 seconds"),
         (["run", "--window", "nan"], "more than 0 seconds"),
         (["run", "--prompt", "no-such.txt"], "No such file"),
+        (["run", "--prompt", "/dev/zero"], "--prompt /dev/zero is a pipe or a device"),
         (["run", "--country", "ATLANTIS"], "ATLANTIS"),
         (["run", "--intensity", "-3", "--intensity-source", "me"], "-3"),
         (["run", "--pue", "0.5"], "0.5"),
