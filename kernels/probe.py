@@ -4,8 +4,8 @@ One kernel writes what each probing row finds in every key tile it sees; a secon
 into shares and puts the rows of a query tile together. Two things can be found:
 
 - the row's largest logit, which says nearly what its attention there is and needs no
-  exponentials. It is one of means of two neighbouring keys, half the products, and rows and
-  means are rounded to 8 bits, twice the products in a second. ``NOTES.md`` says what that loses;
+  exponentials, of rows and keys rounded to 8 bits, twice the products in a second. ``NOTES.md``
+  says what that loses;
 - its log-sum-exp, in the precision of the inputs: the attention itself.
 """
 
@@ -26,11 +26,8 @@ from minference_green.kernels.tile import LN_2, load_tile
 CHUNK_TILES = 64
 """Key tiles of one program: its queries are loaded once for them."""
 
-KEYS = 32
-"""Means of neighbouring keys that stand for a key tile."""
-
-STEP_TILES = 4
-"""Key tiles of one step of the products of 8 bits: 128 means beside 128 rows."""
+STEP_TILES = 2
+"""Key tiles of one step of the products of 8 bits: 128 keys beside 128 rows."""
 
 _HELD = 2048
 """Numbers that a program of the second kernel holds at once."""
@@ -51,7 +48,7 @@ ROUND_LENGTHS = ("n_k", "first_kv", "n_key_tiles")
 class RoundedKeys:
     """Keys of some neighbouring KV heads in 8 bits, each key tile in units of its own.
 
-    Shapes: ``numbers [B, G, tiles, KEYS, DIM]`` int8 with ``DIM`` the padded head dimension,
+    Shapes: ``numbers [B, G, tiles, TILE, DIM]`` int8 with ``DIM`` the padded head dimension,
     ``units [B, G, tiles]`` fp32, with room for whole steps of the kernel that reads them.
     """
 
@@ -62,18 +59,21 @@ class RoundedKeys:
 
 @triton.jit
 def _rounded(x, largest):
-    """Whole numbers of -127 to 127, and what one of them stands for."""
-    unit = tl.where(largest > 0, largest, 1.0) / 127
-    return tl.floor(x / unit + 0.5).to(tl.int8), unit
+    """Whole numbers of -127 to 127, and what one of them stands for.
+
+    By exact division: numbers of 8 bits often lie at a half, and every device shall round alike.
+    """
+    unit = tl.div_rn(tl.where(largest > 0, largest, 1.0), 127.0)
+    return tl.floor(tl.div_rn(x, tl.broadcast_to(unit, x.shape)) + 0.5).to(tl.int8), unit
 
 
 @triton.jit(do_not_specialize=ROUND_LENGTHS)
 def _round_kernel(
     k_ptr, numbers_ptr, units_ptr,
     k_batch: tl.int64, k_head: tl.int64, k_row: tl.int64, n_k, first_kv, n_key_tiles,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """``KEYS`` means of neighbours of one key tile, less the mean of some keys, in 8 bits.
+    """The keys of one key tile, less the mean of some keys, in 8 bits.
 
     A vector taken from all keys takes one number from all logits of a row: its shares stay.
     """
@@ -88,11 +88,9 @@ def _round_kernel(
     k = load_tile(k_ptr, k_row, t * TILE, n_k, HEAD_DIM, TILE, DIM, True).to(tl.float32)
     j = t * TILE + tl.arange(0, TILE)
     k = tl.where((j < n_k)[:, None], k - middle[None, :], 0.0)
-    if KEYS < TILE:
-        k = tl.sum(tl.reshape(k, [KEYS, TILE // KEYS, DIM]), 1) * (KEYS / TILE)
     numbers, unit = _rounded(k, tl.max(tl.max(tl.abs(k), 1), 0))
     at = (b * tl.num_programs(1) + g) * n_key_tiles + t
-    own = (at * KEYS + tl.arange(0, KEYS))[:, None] * DIM + dims[None, :]
+    own = (at * TILE + tl.arange(0, TILE))[:, None] * DIM + dims[None, :]
     tl.store(numbers_ptr + own, numbers)
     tl.store(units_ptr + at, unit)
 
@@ -129,18 +127,16 @@ def _own_rows(
 @triton.jit
 def _largest(
     q, numbers_at, units_ptr, t, unit, row,
-    DIM: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
-    MASKED: tl.constexpr,
+    DIM: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Largest logits, base 2, of rounded rows in ``TILES`` key tiles; -inf where none is seen."""
     # 31 bits are enough for 8 million tokens; wide sums would take the registers of a program.
-    k = tl.load(numbers_at + t * (KEYS * DIM))
+    k = tl.load(numbers_at + t * (TILE * DIM))
     logits = tl.dot(q, tl.trans(k))
     if MASKED:
-        # The last key of each mean.
-        key = t * TILE + (tl.arange(0, TILES * KEYS) + 1) * (TILE // KEYS) - 1
+        key = t * TILE + tl.arange(0, TILES * TILE)
         logits = tl.where(key[None, :] <= row[:, None], logits, _UNSEEN)
-    most = tl.max(tl.reshape(logits, [q.shape[0], TILES, KEYS]), 2)
+    most = tl.max(tl.reshape(logits, [q.shape[0], TILES, TILE]), 2)
     units = tl.load(units_ptr + t + tl.arange(0, TILES))
     mass = most.to(tl.float32) * unit[:, None] * units[None, :]
     if MASKED:
@@ -155,7 +151,7 @@ def _largest_kernel(
     masses_tile, n_q, n_k, n_rows, n_tiles, first_row, group,
     first_kv, n_kv, n_key_tiles, qk_scale,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
-    QUERIES: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr,
+    QUERIES: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Largest logits of QUERIES probing rows in each key tile of one chunk that one of them sees.
 
@@ -176,18 +172,18 @@ def _largest_kernel(
     q, unit = _rounded(q, tl.max(tl.abs(q), 1)[:, None])
     unit = tl.reshape(unit, [QUERIES]) * qk_scale
     slot = b * n_kv + head // group - first_kv
-    keys = tl.arange(0, TILES * KEYS)
-    numbers_at = numbers_ptr + slot * n_key_tiles * KEYS * DIM + keys[:, None] * DIM + dims[None, :]
+    keys = tl.arange(0, TILES * TILE)
+    numbers_at = numbers_ptr + slot * n_key_tiles * TILE * DIM + keys[:, None] * DIM + dims[None, :]
     units_ptr += slot * n_key_tiles
     masses_ptr += (b * tl.num_programs(1) + h) * n_tiles * masses_tile
     tiles = tl.arange(0, TILES)
     # Whole steps; what is left over is masked.
     plain_end = first + (plain_end - first) // TILES * TILES
     for t in range(first, plain_end, TILES):
-        mass = _largest(q, numbers_at, units_ptr, t, unit, row, DIM, TILE, KEYS, TILES, False)
+        mass = _largest(q, numbers_at, units_ptr, t, unit, row, DIM, TILE, TILES, False)
         tl.store(masses_ptr + (t + tiles)[None, :] * masses_tile + number[:, None], mass)
     for t in tl.range(plain_end, end, TILES, num_stages=1):
-        mass = _largest(q, numbers_at, units_ptr, t, unit, row, DIM, TILE, KEYS, TILES, True)
+        mass = _largest(q, numbers_at, units_ptr, t, unit, row, DIM, TILE, TILES, True)
         at = masses_ptr + (t + tiles)[None, :] * masses_tile + number[:, None]
         tl.store(at, mass, (t + tiles < end)[None, :])
 
@@ -292,7 +288,7 @@ def options(head_dim: int, *, summed: bool) -> dict[str, int]:
 
 
 def round_keys(k: Tensor, kv_heads: range) -> RoundedKeys:
-    """Means of the keys of some neighbouring KV heads of ``k [B, Hkv, n_k, D]``, in 8 bits.
+    """The keys of some neighbouring KV heads of ``k [B, Hkv, n_k, D]``, in 8 bits.
 
     Raises ``ValueError`` with the value on a shape, dtype, device or layout that does not fit,
     or KV heads that are not there.
@@ -302,11 +298,11 @@ def round_keys(k: Tensor, kv_heads: range) -> RoundedKeys:
     check_kv_heads(kv_heads, n_kv)
     tiles, dim = triton.cdiv(triton.cdiv(n_k, TILE), STEP_TILES) * STEP_TILES, tile.padded(head_dim)
     shape = (batch, len(kv_heads), tiles)
-    numbers = torch.empty((*shape, KEYS, dim), dtype=torch.int8, device=k.device)
+    numbers = torch.empty((*shape, TILE, dim), dtype=torch.int8, device=k.device)
     units = torch.empty(shape, dtype=torch.float32, device=k.device)
     _round_kernel[(tiles, len(kv_heads), batch)](
         k, numbers, units, *k.stride()[:3], n_k, kv_heads.start, tiles,
-        HEAD_DIM=head_dim, DIM=dim, TILE=TILE, KEYS=KEYS, num_warps=4,
+        HEAD_DIM=head_dim, DIM=dim, TILE=TILE, num_warps=4,
     )  # fmt: skip
     return RoundedKeys(numbers, units, kv_heads.start)
 
@@ -332,8 +328,8 @@ def tile_shares(
 
     Probing rows are :func:`minference_green.kernels.selection.probing_rows`. The number is the
     natural logarithm of the largest share that one of them gives the key tile, -inf where none
-    finds anything: a row shares itself out by the softmax of its largest logit in each key
-    tile, of means of two neighbouring keys that it sees both, in 8 bits. Or, ``summed``, the
+    sees it: a row shares itself out by the softmax of its largest logit in each key tile, of
+    itself and keys in 8 bits. Or, ``summed``, the
     attention that all of them put on it, a row that is repeated counted once, of the inputs as
     they are: with ``rows = TILE`` the mass of the whole query tile.
 
@@ -382,7 +378,7 @@ def tile_shares(
         _largest_kernel[(programs, n_heads, batch)](
             q, keys.numbers, keys.units, masses, heads, *q.stride()[:3], *sizes,
             keys.first_kv, n_kv, n_key_tiles, scale * tile.LOG2_E,
-            **shape, **how, TILES=STEP_TILES, KEYS=KEYS,
+            **shape, **how, TILES=STEP_TILES,
         )  # fmt: skip
     shares = torch.empty(
         (batch, n_heads, end - begin, n_tiles), dtype=torch.float32, device=q.device

@@ -214,7 +214,7 @@ def test_probing_does_not_spill(head_dim, summed, capability, tmp_path):
     options = probe.options(head_dim, summed=summed)
     shape = {"ROWS": 8, "QUERIES": options.pop("QUERIES"), "CHUNK": probe.CHUNK_TILES}
     if not summed:
-        shape |= {"TILES": probe.STEP_TILES, "KEYS": probe.KEYS}
+        shape |= {"TILES": probe.STEP_TILES}
     kernel = probe._sum_kernel if summed else probe._largest_kernel
     got = compiled(kernel, capability, tmp_path, sizes(head_dim, **shape), options)
     assert got.spills == []
@@ -234,7 +234,7 @@ def test_probing_does_not_spill(head_dim, summed, capability, tmp_path):
 def test_rounding_keys_does_not_spill(tmp_path):
     from minference_green.kernels import probe
 
-    constants = sizes(256, KEYS=probe.KEYS)
+    constants = sizes(256)
     got = compiled(probe._round_kernel, HOPPER, tmp_path, constants, {"num_warps": 4})
     assert got.spills == []
 
