@@ -221,7 +221,10 @@ def _partial_sum(p):
 
 @gluon.constexpr_function
 def _shrink_asm(n):
-    """Multiply a thread's ``n`` numbers, of two rows, if any row of the warp has a new maximum."""
+    """Multiply a thread's ``n`` numbers if any row of its warp has a new maximum.
+
+    Two numbers of its upper row and two of its lower come in turn, so do their factors.
+    """
     upper, lower = 2 * n, 2 * n + 2
     products = (f"mul.f32 ${i}, ${i}, ${(upper, lower)[i // 2 % 2]};" for i in range(n))
     return f"""{{
@@ -238,6 +241,7 @@ def _shrink_asm(n):
 
 @gluon.constexpr_function
 def _shrink_operands(n):
+    """Numbers multiplied in place, and as many factors."""
     return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
 
 

@@ -13,6 +13,7 @@ class ExitCode(IntEnum):
     NOT_COMPARABLE = 4
     INVALID_MEASUREMENT = 5
     INTERRUPTED = 130
+    UNREAD = 141
 
 
 class GreenBenchError(Exception):

@@ -28,7 +28,8 @@ from minference_green.errors import ExitCode, GreenBenchError
 
 EXIT_CODES = """\
 Exit codes: 0 pass or improved; 1 proven regression; 2 usage or configuration; 3 inconclusive;
-4 not comparable, or a required baseline is missing; 5 measurement invalid; 130 interrupted.
+4 not comparable, or a required baseline is missing; 5 measurement invalid; 130 interrupted;
+141 whoever read the output has stopped.
 
 Add --debug to any command to see the traceback of an error.
 """
@@ -84,6 +85,11 @@ def main() -> None:
             traceback.print_exc()
         typer.echo(f"green-bench: {error}", err=True)
         sys.exit(int(error.exit_code))
+    except SystemExit as stop:
+        # Typer ends a command whose reader has gone with 1, which would be a regression.
+        if isinstance(stop.__context__, BrokenPipeError):
+            sys.exit(int(ExitCode.UNREAD))
+        raise
     except OSError as error:
         if debug or error.filename is not None:  # a file's error has its own sentence
             raise

@@ -1,5 +1,6 @@
 """The front door: quick help, a version, one sentence per error."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,6 +46,20 @@ def test_an_output_that_takes_nothing_more_is_no_regression() -> None:
         )
     assert done.returncode == 2
     assert done.stderr == "green-bench: cannot write the output: No space left on device\n"
+
+
+def test_a_reader_that_has_gone_is_no_regression() -> None:
+    """As under ``pipefail`` before a ``head`` that has seen enough."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "minference_green.cli.app", "carbon", "list"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize(
