@@ -105,6 +105,21 @@ def test_queries_at_any_offset_of_the_keys_match_the_oracle(
 
 
 @needs_hopper
+def test_rows_whose_maximum_grows_from_tile_to_tile_match_the_oracle(
+    dtype, make_prompt, band_index, assert_attends
+):
+    """The farther a key, the larger its logit, by some 17 bits a tile; and the other way round."""
+    n = 400
+    index = band_index([[[0, 130, 200, 330], range(n)]], [[range(40), [70]]], n)
+    prompt = make_prompt(n, dtype=dtype)
+    direction = torch.ones(prompt.q.shape[3], dtype=dtype, device=prompt.q.device)
+    for size in (torch.arange(n, 0, -1), torch.arange(1, n + 1)):
+        height = (size / n * 9).to(dtype).to(prompt.k.device)[:, None]
+        steep = dataclasses.replace(prompt, q=prompt.q + direction, k=prompt.k + height * direction)
+        assert_attends(steep, index, *run(steep, index))
+
+
+@needs_hopper
 def test_a_program_that_takes_many_pairs_keeps_its_ring_in_step(
     dtype, make_prompt, band_index, assert_attends
 ):
