@@ -407,10 +407,10 @@ def dense_rows(
         except CannotRunError as reason:
             refusals[f"SDPA {backend.name.split('_')[0].lower()}"] = str(reason)
     n = case.tokens
-    starts = torch.arange(0, n, TILE, dtype=torch.int32, device="cuda")
+    pieces = torch.arange(0, n, PIECE, dtype=torch.int32, device="cuda")
     every = BandIndex(
         torch.arange(case.heads, dtype=torch.int32, device="cuda"),
-        starts.expand(1, case.heads, -1).contiguous(),
+        pieces.expand(1, case.heads, -1).contiguous(),
         torch.empty(1, case.heads, 0, dtype=torch.int32, device="cuda"),
         n,
     )

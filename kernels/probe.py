@@ -55,13 +55,15 @@ class RoundedKeys:
     numbers: Tensor
     units: Tensor
     first_kv: int
+    of: tuple[int, int, int]
+    """Batch, tokens and head dimension of the keys."""
 
 
 @triton.jit
 def _rounded(x, largest):
     """Whole numbers of -127 to 127, and what one of them stands for.
 
-    By exact division: numbers of 8 bits often lie at a half, and every device shall round alike.
+    By exact division: numbers of 8 bits often lie at a half, and devices shall round alike.
     """
     unit = tl.div_rn(tl.where(largest > 0, largest, 1.0), 127.0)
     return tl.floor(tl.div_rn(x, tl.broadcast_to(unit, x.shape)) + 0.5).to(tl.int8), unit
@@ -75,7 +77,8 @@ def _round_kernel(
 ):  # fmt: skip
     """The keys of one key tile, less the mean of some keys, in 8 bits.
 
-    A vector taken from all keys takes one number from all logits of a row: its shares stay.
+    A vector taken from all keys takes one number from all logits of a row: its shares stay. They
+    depend by rounding alone on keys that the row does not see, whatever those are.
     """
     t = tl.program_id(0)
     g = tl.program_id(1)
@@ -84,7 +87,9 @@ def _round_kernel(
     k_ptr += b * k_batch + (first_kv + g).to(tl.int64) * k_head
     sampled = (tl.arange(0, _SAMPLED).to(tl.int64) * n_k // _SAMPLED)[:, None]
     some = tl.load(k_ptr + sampled * k_row + dims[None, :], (dims < HEAD_DIM)[None, :], 0.0)
-    middle = tl.sum(some.to(tl.float32), 0) / _SAMPLED
+    some = some.to(tl.float32)
+    # One that is not finite would spoil every tile.
+    middle = tl.sum(tl.where(tl.abs(some) < float("inf"), some, 0.0), 0) / _SAMPLED
     k = load_tile(k_ptr, k_row, t * TILE, n_k, HEAD_DIM, TILE, DIM, True).to(tl.float32)
     j = t * TILE + tl.arange(0, TILE)
     k = tl.where((j < n_k)[:, None], k - middle[None, :], 0.0)
@@ -304,7 +309,7 @@ def round_keys(k: Tensor, kv_heads: range) -> RoundedKeys:
         k, numbers, units, *k.stride()[:3], n_k, kv_heads.start, tiles,
         HEAD_DIM=head_dim, DIM=dim, TILE=TILE, num_warps=4,
     )  # fmt: skip
-    return RoundedKeys(numbers, units, kv_heads.start)
+    return RoundedKeys(numbers, units, kv_heads.start, (batch, n_k, head_dim))
 
 
 def shares_of(k: Tensor, kv_heads: range) -> Callable[..., Tensor]:
@@ -352,6 +357,11 @@ def tile_shares(
     check_probes(rows, begin, end, n_q)
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
+    if rounded and rounded.of != (batch, n_k, head_dim):
+        raise ValueError(
+            f"keys were rounded of batch, tokens, head_dim {rounded.of}, "
+            f"got {(batch, n_k, head_dim)}"
+        )
     n_rows, first_row = (end - begin) * rows, n_k - n_q + begin * TILE
     n_tiles = triton.cdiv(min(n_k - n_q + end * TILE, n_k), TILE)
     if n_tiles * n_rows >= 2**31:

@@ -276,8 +276,8 @@ def probed_index(
         return tile_shares(q, k, heads, rows, begin, end, scale=scale)
 
     slab = max(1, _PROBED_BYTES // (4 * batch * len(heads) * -(-n_k // TILE) * (rows + 1)))
-    # A kernel's program takes up to 256 probing rows: whole programs, where there is room.
-    whole = max(1, 256 // rows)
+    # A kernel's program takes 128 probing rows: whole programs, where there is room.
+    whole = max(1, 128 // rows)
     slab = slab // whole * whole or slab
     return build(scores, slab, batch, heads, top_ks, n_q, n_k)
 

@@ -231,7 +231,8 @@ def band_attention(
 
     ``pairs`` is the kernel of ``band_pair.py``, in which two query tiles share key tiles: by
     default wherever it fits (Hopper, head_dim up to 128, rows at multiples of 16 bytes),
-    ``False`` never, ``True`` or an error. The pairs attended to are the same.
+    ``False`` never, ``True`` or an error. The pairs attended to are the same, as long as no run
+    of pieces is shorter than a tile, which :class:`BandIndex` demands and nothing here checks.
 
     Raises ``ValueError`` with the value on a shape, dtype, device or layout that does not fit.
     """

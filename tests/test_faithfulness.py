@@ -17,7 +17,7 @@ from minference_green.faithfulness import (
     sampled_rows,
 )
 from minference_green.kernels import cpu
-from minference_green.kernels.index import NONE, TILE, BandIndex, BlockIndex
+from minference_green.kernels.index import NONE, PIECE, TILE, BandIndex, BlockIndex
 from minference_green.kernels.reference import attention, causal_mask, expand_kv
 
 # One token, less and more than a tile, an odd number of tiles.
@@ -40,7 +40,8 @@ def inputs(n: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, 
 
 def two_indices(n: int) -> list[BandIndex | BlockIndex]:
     """Heads 3, 0 see a band and two columns, heads 1, 2 every other key tile; nobody sees all."""
-    near = torch.tensor([0, 70, NONE], dtype=torch.int32).expand(2, 2, -1)
+    pieces = [p for run in (0, 70) for p in range(run, run + TILE, PIECE)]
+    near = torch.tensor([*pieces, NONE], dtype=torch.int32).expand(2, 2, -1)
     columns = torch.tensor([0, 5, NONE], dtype=torch.int32).expand(2, 2, -1)
     band = BandIndex(torch.tensor([3, 0], dtype=torch.int32), near, columns, n)
     lists = [[t for t in range(m + 1) if (m - t) % 2 == 0] for m in range(-(-n // TILE))]

@@ -59,12 +59,13 @@ class Barrier:
 
 
 class Ring:
-    """Keys or values: slots, their barriers and the copies on their way."""
+    """Keys or values: slots, their barriers and the copies on their way. Or two query tiles."""
 
-    def __init__(self) -> None:
-        self.full = [Barrier(1) for _ in range(RING)]
-        self.empty = [Barrier(2) for _ in range(RING)]
-        self.held: list[object] = [None] * RING
+    def __init__(self, slots: int = RING, readers: int = 2) -> None:
+        self.slots = slots
+        self.full = [Barrier(1) for _ in range(slots)]
+        self.empty = [Barrier(readers) for _ in range(slots)]
+        self.held: list[object] = [None] * slots
         self.coming: list[tuple[int, object]] = []
 
     def land(self, which: int) -> None:
@@ -73,16 +74,16 @@ class Ring:
         self.full[slot].arrive()
 
     def until_full(self, t: int) -> Steps:
-        return self.full[t % RING].wait(t // RING)
+        return self.full[t % self.slots].wait(t // self.slots)
 
     def free(self, t: int, count: int) -> None:
-        self.empty[t % RING].arrive(count)
+        self.empty[t % self.slots].arrive(count)
 
     def copy(self, t: int, item: object, in_order: bool) -> Steps:
-        s = t % RING
-        if t >= RING:
-            yield from self.empty[s].wait(t // RING - 1)
-        before = t + 2 - RING
+        s = t % self.slots
+        if t >= self.slots:
+            yield from self.empty[s].wait(t // self.slots - 1)
+        before = t + 2 - self.slots
         if in_order and before >= 0:
             yield from self.until_full(before)
         if item is None:
@@ -93,32 +94,43 @@ class Ring:
         yield
 
 
-def produce(pairs: list[Pair], ring: Ring, in_order: bool) -> Steps:
+def produce(pairs: list[Pair], ring: Ring, queries: Ring | None, in_order: bool) -> Steps:
     t = 0
     for w, pair in enumerate(pairs):
+        if queries:
+            for side in (0, 1):
+                yield from queries.copy(2 * w + side, ("queries", w, side), False)
         for item in pair.walk():
             yield from ring.copy(t, item and (w, item), in_order)
             t += 1
 
 
-def consume(side: int, pairs: list[Pair], keys: Ring, values: Ring, seen: list[object]) -> Steps:
+def consume(
+    side: int, pairs: list[Pair], keys: Ring, values: Ring, queries: Ring, seen: list[object]
+) -> Steps:
     def pass_over(t: int, count: int) -> Steps:
         for ring in (keys, values):
             yield from ring.until_full(t)
             ring.free(t, count)
 
     t = 0
-    for pair in pairs:
+    for w, pair in enumerate(pairs):
         own = (pair.first, pair.second)[side]
         turns = max(pair.first, pair.second)
         both = 2 + pair.shared + pair.columns
         visits = [(t + i, 1) for i in range(2, both)]
         visits += [(t + both + 2 * i + side, 2) for i in range(own)]
+        yield from queries.until_full(2 * w + side)
         if side == 0:
             yield from pass_over(t, 1)
         diagonal = t + 1 - side
         yield from keys.until_full(diagonal)
+        # Read until the first product is done.
+        assert queries.held[side] == ("queries", w, side), (
+            "queries overwritten before they are read"
+        )
         seen.append(keys.held[diagonal % RING])
+        queries.free(2 * w + side, 1)
         keys.free(diagonal, 1)
         yield from values.until_full(diagonal)
         last, last_count = diagonal, 1
@@ -160,30 +172,28 @@ def play(rng: random.Random, sizes: list[int], in_order: bool) -> None:
         Pair(*(rng.choice(sizes) for _ in range(4)), rng.random() < 0.7)
         for _ in range(rng.randint(1, 6))
     ]
-    keys, values = Ring(), Ring()
+    keys, values, queries = Ring(), Ring(), Ring(slots=2, readers=1)
+    rings = (keys, values, queries)
     seen: list[list[object]] = [[], []]
     actors = [
-        *(produce(pairs, ring, in_order) for ring in (keys, values)),
-        *(consume(side, pairs, keys, values, seen[side]) for side in (0, 1)),
+        produce(pairs, keys, queries, in_order),
+        produce(pairs, values, None, in_order),
+        *(consume(side, pairs, keys, values, queries, seen[side]) for side in (0, 1)),
     ]
     eagerness = [rng.random() + 0.05 for _ in actors]
     speed = rng.choice([1.0, 0.3, 0.05])
     idle = 0
     while actors:
         which = rng.choices(range(len(actors)), eagerness)[0]
-        before = [b.phases for r in (keys, values) for b in r.full + r.empty]
-        for ring in (keys, values):
+        before = [b.phases for r in rings for b in r.full + r.empty]
+        for ring in rings:
             if ring.coming and rng.random() < speed:
                 ring.land(rng.randrange(len(ring.coming)))
         try:
             next(actors[which])
         except StopIteration:
             del actors[which], eagerness[which]
-        idle = (
-            idle + 1
-            if before == [b.phases for r in (keys, values) for b in r.full + r.empty]
-            else 0
-        )
+        idle = idle + 1 if before == [b.phases for r in rings for b in r.full + r.empty] else 0
         assert idle < 5000, "nobody gets on"
     assert seen == [expected(0, pairs), expected(1, pairs)]
 

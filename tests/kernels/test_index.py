@@ -23,11 +23,11 @@ def rows(*lists: list[int]) -> Tensor:
 
 
 def random_band(n_k: int, seed: int) -> BandIndex:
-    """Three heads: scattered runs and columns, pieces alone with gaps of one, nothing at all."""
+    """Three heads: scattered runs and columns, runs alone with gaps of one, nothing at all."""
     g = torch.Generator().manual_seed(seed)
     runs = [r * 90 + 13 for r in range(n_k // 90 + 1) if torch.rand(1, generator=g) < 0.6]
     scattered = [p for r in runs for p in range(r, r + TILE, PIECE)]
-    close = list(range(0, n_k, PIECE + 1))
+    close = [p for r in range(0, n_k, TILE + 1) for p in range(r, r + TILE, PIECE)]
     columns = torch.randperm(n_k, generator=g)[: n_k // 5].sort().values.tolist()
     return BandIndex(
         heads=torch.arange(3, dtype=torch.int32),
@@ -107,7 +107,7 @@ def test_some_rows_and_keys_of_a_mask_are_that_part_of_it(n_q: int, n_k: int) ->
 
 @pytest.mark.parametrize(("n_q", "n_k"), LENGTHS)
 def test_whole_rows_see_all_their_keys_and_the_tile_after_them_does_not(n_q: int, n_k: int) -> None:
-    near = torch.arange(0, n_k, TILE, dtype=torch.int32)[None, None, :2]
+    near = torch.arange(0, n_k, PIECE, dtype=torch.int32)[None, None, : 2 * TILE // PIECE]
     first = torch.zeros(1, 1, 1, dtype=torch.int32)
     band = BandIndex(torch.zeros(1, dtype=torch.int32), near, first, n_k)
     found = set[int]()
@@ -135,11 +135,13 @@ def test_a_band_index_without_bands_or_columns_sees_its_own_tile_only() -> None:
     assert index.visible_pairs(130).item() == want.sum()
 
 
-def test_every_tile_and_column_listed_is_dense() -> None:
-    tiles = torch.arange(0, 300, TILE, dtype=torch.int32)[None, None]
+def test_every_piece_or_every_column_listed_is_dense() -> None:
+    none = torch.empty(1, 1, 0, dtype=torch.int32)
+    pieces = torch.arange(0, 300, PIECE, dtype=torch.int32)[None, None]
     columns = torch.arange(300, dtype=torch.int32)[None, None]
-    index = BandIndex(torch.zeros(1, dtype=torch.int32), tiles, columns, n_k=300)
-    assert index.density(300).item() == 1.0
+    for listed in ((pieces, none), (none, columns), (pieces, columns)):
+        index = BandIndex(torch.zeros(1, dtype=torch.int32), *listed, n_k=300)
+        assert index.density(300).item() == 1.0
 
 
 class Largest(TorchDispatchMode):

@@ -31,7 +31,8 @@ def shares_of_rounded(q, k, heads, rows, begin, end, scale):
     n_q, n_k, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     row = probing_rows(rows, begin, end, n_q, n_k)
     tiles = int(row.max()) // TILE + 1
-    k = k - k[:, :, torch.arange(64) * n_k // 64].mean(2, keepdim=True)
+    some = k[:, :, torch.arange(64) * n_k // 64]
+    k = k - some.where(some.isfinite(), 0.0).mean(2, keepdim=True)
     k = functional.pad(k, (0, 0, 0, -n_k % TILE))[:, :, : tiles * TILE]
     numbers, units = rounded(k.unflatten(2, (tiles, -1)), (3, 4))
     queries, unit = rounded(q[:, :, row.flatten() - (n_k - n_q)], (3,))
@@ -109,6 +110,26 @@ def test_a_vector_added_to_all_keys_changes_no_share(dtype, make_prompt):
     q = prompt.q.to(dtype)
     want, got = (tile_shares(q, x, heads, 8, 0, 5, scale=prompt.scale) for x in (k, moved))
     torch.testing.assert_close(got, want, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_key_that_is_not_finite_spoils_no_row_before_it(bad, dtype, make_prompt):
+    """Even if it is one of those that the mean is taken of."""
+    prompt = make_prompt(300, dtype=dtype)
+    heads, k = listed(prompt, 0, 1), prompt.k.clone()
+    assert 295 in torch.arange(64) * 300 // 64
+    k[:, :, 295, 3] = 0
+    want = tile_shares(prompt.q, k, heads, 8, 0, 4, scale=prompt.scale)
+    k[:, :, 295, 3] = bad
+    assert torch.equal(tile_shares(prompt.q, k, heads, 8, 0, 4, scale=prompt.scale), want)
+
+
+def test_keys_rounded_of_another_prompt_are_refused(dtype, make_prompt):
+    short, long = (make_prompt(n, dtype=dtype) for n in (200, 300))
+    rated = shares_of(short.k, range(1))
+    message = r"rounded of batch, tokens, head_dim \(1, 200, 64\), got \(1, 300, 64\)"
+    with pytest.raises(ValueError, match=message):
+        rated(long.q, long.k, listed(long, 0), 4, 0, 5, scale=1.0)
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
