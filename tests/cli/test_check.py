@@ -348,7 +348,7 @@ def test_check_measures_for_real(
     tmp_path: Path,
 ) -> None:
     """One whole check with worker processes; what comes out depends on this machine."""
-    done = green_bench("run", *small, "--blocks", "4", "--quiet", "--output", tmp_path / "runs")
+    done = green_bench("run", *small, "--blocks", "2", "--quiet", "--output", tmp_path / "runs")
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs").iterdir()
     root = ("--baselines", tmp_path / "baselines")
