@@ -1,5 +1,8 @@
 """Sparse prefill on a real GPU: never waits for the device, and agrees with the CPU path."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -36,15 +39,22 @@ def layer_inputs(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q, k, v
 
 
-def test_between_estimate_and_attend_nothing_waits_for_the_device(mixed: SparsePrefill) -> None:
-    q, k, v = (x.cuda().bfloat16() for x in layer_inputs(3001))
-    mixed.attend(q, k, v, scale=0.125, layer=0)  # compiles
+@contextmanager
+def waiting_refused() -> Iterator[None]:
+    """Whatever makes the host wait for the device raises."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out = mixed.attend(q, k, v, scale=0.125, layer=0)
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_between_estimate_and_attend_nothing_waits_for_the_device(mixed: SparsePrefill) -> None:
+    q, k, v = (x.cuda().bfloat16() for x in layer_inputs(3001))
+    mixed.attend(q, k, v, scale=0.125, layer=0)  # compiles
+    with waiting_refused():
+        out = mixed.attend(q, k, v, scale=0.125, layer=0)
     assert out.isfinite().all()
 
 
@@ -52,12 +62,8 @@ def test_probing_does_not_wait_for_the_device_and_repeats_its_bits() -> None:
     q, k, v = (x.cuda().bfloat16() for x in layer_inputs(3001))
     method = uniform("probe", Probed(top_k=6, rows=8))
     first = method.attend(q, k, v, scale=0.125, layer=0)  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_refused():
         again = method.attend(q, k, v, scale=0.125, layer=0)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(first, again)
 
 
