@@ -9,9 +9,12 @@ Queries, keys and values are random; indices have the structure of real heads: h
 slashes local, half in clusters of 8 to 63 at log-uniform offsets, columns anywhere after the
 first 30. Every time is a median over repeats after a warm-up, by device events, the variants in
 turn; the spread is the range of the repeats. Attention times are of the whole call, its
-preparation included; estimate and index are apart. TFLOP/s count the 64 x 64 tiles that are
-computed. The error is relative, of sampled rows from the prompt's begin, middle and end, against
-products in float32 and a softmax in float64. What cannot run is named with its reason.
+preparation included, each on an idle device. Estimate and index are timed as a model runs them,
+one layer's steps after the other and the host ahead of the device; their share is of that layer.
+``mix`` is a layer whose heads have the budgets that MInference published for Llama-3-8B, each
+for its share of the heads. TFLOP/s count the 64 x 64 tiles that are computed. The error is
+relative, of sampled rows from the prompt's begin, middle and end, against products in float32 and
+a softmax in float64. What cannot run is named with its reason.
 
 ``--minference PATH`` is a checkout of MInference; its kernel needs its CUDA index extension,
 which is built from the checkout's ``csrc`` (nvcc needed). It runs head by head, as shipped.
@@ -31,7 +34,7 @@ import threading
 import time
 import types
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,12 +47,24 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from minference_green.kernels.cut import cut_pieces
 from minference_green.kernels.estimate import row_scores
-from minference_green.kernels.index import PIECE, TILE, BandIndex, causal_pairs
+from minference_green.kernels.index import NONE, PIECE, TILE, BandIndex, causal_pairs
 from minference_green.kernels.selection import FORCED_COLUMNS, band_index
 from minference_green.kernels.top import chosen_bands
 from minference_green.kernels.vertical_slash import band_attention
 
-BUDGETS = ((1000, 6096), (30, 800), (3500, 100))
+Budget = tuple[int, int]
+"""Columns and slashes of a head."""
+
+BUDGETS: tuple[Budget, ...] = ((1000, 6096), (30, 800), (3500, 100))
+MIX: tuple[tuple[float, Budget], ...] = (
+    (0.46, (1000, 6096)),
+    (0.27, (30, 800)),
+    (0.15, (100, 800)),
+    (0.09, (3500, 100)),
+    (0.03, (500, 700)),
+)
+"""Shares of heads in MInference's pattern file for Llama-3-8B-Instruct-262k."""
+
 BACKENDS = (
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -86,7 +101,7 @@ class Row:
 
     case: Case
     variant: str
-    budget: tuple[int, int] | None
+    budget: Budget | str | None
     milliseconds: float | None
     spread_milliseconds: float | None
     tflops: float | None
@@ -95,6 +110,8 @@ class Row:
     joules: float | None
     watts: float | None
     why_not: str | None
+    share_of_layer: float | None = None
+    """Of estimate, index and attention after each other."""
 
 
 def tensors(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,32 +139,49 @@ def clustered_offsets(rng: random.Random, n: int, count: int) -> list[int]:
     return sorted(chosen)
 
 
+def budgets_of(budget: Budget | str, heads: int) -> list[Budget]:
+    """One per head: the same, or the mix by its shares, the largest remainders rounded up."""
+    if not isinstance(budget, str):
+        return [budget] * heads
+    counts = [int(share * heads) for share, _ in MIX]
+    by_remainder = sorted(range(len(MIX)), key=lambda i: counts[i] - MIX[i][0] * heads)
+    for i in by_remainder[: heads - sum(counts)]:
+        counts[i] += 1
+    return [budget for (_, budget), n in zip(MIX, counts, strict=True) for _ in range(n)]
+
+
 @dataclass(frozen=True)
 class Pattern:
-    """One clustered pattern per head, of exactly the budget: int32 ``[1, H, size]`` on the GPU."""
+    """One clustered pattern per head, of exactly its budget: ascending offsets and columns."""
 
-    slashes: Tensor
-    columns: Tensor
+    slashes: tuple[list[int], ...]
+    columns: tuple[list[int], ...]
 
     @classmethod
-    def drawn(cls, case: Case, budget: tuple[int, int]) -> "Pattern":
+    def drawn(cls, case: Case, budgets: Sequence[Budget]) -> "Pattern":
         """From the case's seed."""
         rng = random.Random(case.seed)
-        n, (vertical_size, slash_size) = case.tokens, budget
-        slashes = [clustered_offsets(rng, n, slash_size) for _ in range(case.heads)]
+        n = case.tokens
+        slashes = tuple(clustered_offsets(rng, n, size) for _, size in budgets)
         after = range(FORCED_COLUMNS, n)
-        columns = [
-            [*range(FORCED_COLUMNS), *sorted(rng.sample(after, vertical_size - FORCED_COLUMNS))]
-            for _ in range(case.heads)
-        ]
-        return cls(
-            *(torch.tensor([x], dtype=torch.int32, device="cuda") for x in (slashes, columns))
+        columns = tuple(
+            [*range(FORCED_COLUMNS), *sorted(rng.sample(after, size - FORCED_COLUMNS))]
+            for size, _ in budgets
         )
+        return cls(slashes, columns)
 
     def index(self, n: int) -> BandIndex:
         """What our kernel reads."""
-        heads = torch.arange(self.columns.shape[1], dtype=torch.int32, device="cuda")
-        return BandIndex(heads, cut_pieces(self.slashes, n), self.columns, n)
+        heads = torch.arange(len(self.columns), dtype=torch.int32, device="cuda")
+        return BandIndex(heads, cut_pieces(padded(self.slashes), n), padded(self.columns), n)
+
+
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Int32 ``[1, rows, longest]`` on the GPU."""
+    table = torch.full((1, len(rows), max(map(len, rows))), NONE, dtype=torch.int32)
+    for i, row in enumerate(rows):
+        table[0, i, : len(row)] = torch.tensor(row, dtype=torch.int32)
+    return table.cuda()
 
 
 def computed_tiles(index: BandIndex) -> int:
@@ -173,6 +207,30 @@ def milliseconds(works: dict[str, Work], repeats: int) -> dict[str, tuple[float,
             end.record()
             end.synchronize()
             times[name].append(begin.elapsed_time(end))
+    return {name: (statistics.median(x), max(x) - min(x)) for name, x in times.items()}
+
+
+def chained_milliseconds(steps: dict[str, Work], repeats: int) -> dict[str, tuple[float, float]]:
+    """Median and range of each step, run after each other without a wait, as layers of a model.
+
+    A product runs before them, so that the host is ahead of the device from the first step on.
+    """
+    for work in steps.values():
+        work()
+    ahead = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    for _ in range(8):  # some 12 ms
+        ahead @ ahead
+    marks = []
+    for _ in range(repeats):
+        for name, work in steps.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            work()
+            end.record()
+            marks.append((name, begin, end))
+    torch.cuda.synchronize()
+    times = {name: [b.elapsed_time(e) for mark, b, e in marks if mark == name] for name in steps}
     return {name: (statistics.median(x), max(x) - min(x)) for name, x in times.items()}
 
 
@@ -334,14 +392,16 @@ def minference_work(
 ) -> Work:
     """Head by head, as its models call it; index and attention together."""
     out = torch.empty_like(q)
+    chosen = [
+        (padded([columns]), padded([slashes]))
+        for columns, slashes in zip(pattern.columns, pattern.slashes, strict=True)
+    ]
 
     def run() -> Tensor:
-        for h in range(case.heads):
+        for h, (columns, slashes) in enumerate(chosen):
             kv = slice(h // case.group, h // case.group + 1)
             one = slice(h, h + 1)
-            out[:, one] = attend(
-                q[:, one], k[:, kv], v[:, kv], pattern.columns[:, one], pattern.slashes[:, one]
-            )
+            out[:, one] = attend(q[:, one], k[:, kv], v[:, kv], columns, slashes)
         return out
 
     try:
@@ -353,7 +413,7 @@ def minference_work(
 
 def measured(
     case: Case,
-    budget: tuple[int, int] | None,
+    budget: Budget | str | None,
     works: dict[str, Work],
     refusals: dict[str, str],
     flops: dict[str, float],
@@ -391,6 +451,8 @@ def line(row: Row) -> str:
     parts += [f"{row.tflops:6.1f} TFLOP/s"] if row.tflops is not None else []
     parts += [f"density {row.density:.4f}"]
     parts += [f"error {row.relative_error:.1e}"] if row.relative_error is not None else []
+    if row.share_of_layer is not None:
+        parts += [f"{100 * row.share_of_layer:.1f} % of the layer"]
     parts += [f"{row.joules:.3f} J at {row.watts:.0f} W"] if row.joules is not None else []
     return f"{what} {'  '.join(parts)}"
 
@@ -427,18 +489,19 @@ def dense_rows(
 
 def sparse_rows(
     case: Case,
-    budget: tuple[int, int],
+    budget: Budget | str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     other: Callable[..., Tensor] | CannotRunError,
     options: argparse.Namespace,
 ) -> list[Row]:
-    """One budget: ours and its preparing steps, FlexAttention, MInference."""
-    pattern = Pattern.drawn(case, budget)
+    """One budget, or the mix: ours and its preparing steps, FlexAttention, MInference."""
+    budgets = budgets_of(budget, case.heads)
+    pattern = Pattern.drawn(case, budgets)
     index = pattern.index(case.tokens)
     heads, last = index.heads, range(max(0, case.tokens - TILE), case.tokens)
-    sizes = [budget[0]] * case.heads, [budget[1]] * case.heads
+    sizes = [columns for columns, _ in budgets], [slashes for _, slashes in budgets]
     pairs = False if options.portable else None
     works: dict[str, Work] = {
         "ours": lambda: band_attention(q, k, v, index, scale=case.scale, pairs=pairs)
@@ -468,8 +531,14 @@ def sparse_rows(
             *scores, heads, *sizes, cut_pieces=cut_pieces, choose=chosen_bands
         ),
     }
-    for name, (median, spread) in milliseconds(steps, options.repeats).items():
-        row = Row(case, name, budget, median, spread, None, density, None, None, None, None)
+    layer = chained_milliseconds({**steps, "attend": works["ours"]}, options.repeats)
+    whole = sum(median for median, _ in layer.values())
+    for name in steps:
+        median, spread = layer[name]
+        row = Row(
+            case, name, budget, median, spread, None, density, None, None, None, None,
+            share_of_layer=median / whole,
+        )  # fmt: skip
         print(line(row), flush=True)
         rows.append(row)
     return rows
@@ -495,16 +564,16 @@ def roofline(rows: list[Row], ceiling_tflops: float) -> str:
     def y_of(tflops: float) -> float:
         return bottom - tflops / top * 380
 
-    names = sorted({(r.variant, r.budget or (0, 0)) for r in shown})
+    names = sorted({(r.variant, str(r.budget or "")) for r in shown})
     marks = []
     for k, (variant, budget) in enumerate(names):
         color = f"hsl({360 * k // len(names)} 65% 40%)"
-        label = variant if budget == (0, 0) else f"{variant} {budget}"
+        label = f"{variant} {budget}".strip()
         y = 40 + 18 * k
         marks.append(f'<circle cx="660" cy="{y}" r="4" fill="{color}"/>')
         marks.append(f'<text x="670" y="{y + 4}">{label}</text>')
         for r in shown:
-            if (r.variant, r.budget or (0, 0)) == (variant, budget):
+            if (r.variant, str(r.budget or "")) == (variant, budget):
                 x, y_dot = x_of(r.case.tokens), y_of(r.tflops or 0.0)
                 marks.append(f'<circle cx="{x:.1f}" cy="{y_dot:.1f}" r="4" fill="{color}"/>')
     for n in sorted(set(tokens)):
@@ -584,8 +653,8 @@ def main() -> None:
         q, k, v = tensors(case)
         if n <= options.dense_up_to:
             rows += dense_rows(case, q, k, v, options)
-        for budget in BUDGETS:
-            if max(budget) <= n:
+        for budget in (*BUDGETS, "mix"):
+            if max(map(max, budgets_of(budget, case.heads))) <= n:
                 rows += sparse_rows(case, budget, q, k, v, other, options)
         if options.output is not None:
             found = {"machine": machine, "rows": [asdict(row) for row in rows]}

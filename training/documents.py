@@ -53,17 +53,20 @@ class Names:
     """How often facts get other names, as chances per fact.
 
     ``behind`` and ``before`` the fact is stated; ``coded`` is filed under a code that other
-    sentences refer to. Of the names before, a share ``far`` stands well before it.
+    sentences refer to. Of the names before, a share ``far`` stands well before it; of those
+    behind, a share ``chained`` is given to what has another name already.
     """
 
     behind: float
     before: float
     coded: float
     far: float
+    chained: float = 0.0
 
 
 SOME_NAMES = Names(behind=0.25, before=0.06, coded=0.06, far=0.0)
 MANY_NAMES = Names(behind=0.35, before=0.3, coded=0.12, far=0.7)
+CHAINED_NAMES = Names(behind=0.4, before=0.35, coded=0.16, far=0.7, chained=0.4)
 
 
 @dataclass
@@ -219,12 +222,19 @@ class _Writer:
             old.value = value(old.kind, draws)
             text.add(language.update(old.kind, old.key) + old.value + language.ending(old.kind))
         if draws.chance(names.behind):
-            self._alias(draws.pick(self.known))
+            self._alias(self._to_name())
 
     def _say(self, fact: _Known) -> None:
         form = language.paraphrase if self.draws.chance(0.3) else language.statement
         line = "\n" if fact.kind == "cell" and self.draws.chance(0.5) else ""
         self.text.add(line + form(fact.kind, fact.key) + fact.value + language.ending(fact.kind))
+
+    def _to_name(self) -> _Known:
+        """A fact stated before that gets another name, at times one more."""
+        named = []
+        if self.names.chained and self.draws.chance(self.names.chained):
+            named = [fact for fact in self.known if fact.aliased]
+        return self.draws.pick(named or self.known)
 
     def _alias(self, fact: _Known) -> None:
         """Another name for what a fact is about, to be asked under that name."""

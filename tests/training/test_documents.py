@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from training.documents import BOS, MANY_NAMES, SOME_NAMES, Names, document
+from training.documents import BOS, CHAINED_NAMES, MANY_NAMES, SOME_NAMES, Names, document
 
 
 def far_names(names: Names) -> int:
@@ -26,6 +26,24 @@ def far_names(names: Names) -> int:
 def test_names_stand_far_before_their_fact_where_asked():
     assert far_names(SOME_NAMES) < 4
     assert far_names(MANY_NAMES) > 10
+
+
+def test_names_of_names_come_where_chains_are_asked():
+    def chained(names: Names) -> int:
+        links = 0
+        for index in range(10):
+            ids = document(3, index, 9000, names).ids
+            text = bytes(ids[1:].astype(np.uint8)).decode(errors="ignore")
+            given, of = set(), []
+            for piece in text.split("The ")[1:]:
+                before, said, after = piece.partition(" is the same as that of ")
+                if said and " of " in before:
+                    given.add(before.split(" of ", 1)[1])
+                    of.append(after.split(". ")[0])
+            links += sum(name in given for name in of)
+        return links
+
+    assert chained(CHAINED_NAMES) > 2 * chained(MANY_NAMES) > 0
 
 
 @pytest.mark.parametrize("length", [64, 65, 512, 2048, 9000])  # short, ragged, own filler
