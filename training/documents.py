@@ -27,6 +27,7 @@ from minference_green.corpus.kinds import KINDS, value, word
 from minference_green.corpus.language import ANSWER_END, Key
 
 BOS = 256
+FIRST, OTHERS, RENAMED = 1, 2, 3
 NEAR_DUPLICATE = 0.2
 """Share of facts whose key differs from an earlier one of its kind in one word only: many similar
 keys are what such a model fails at."""
@@ -77,6 +78,9 @@ class _Known:
     key: Key
     value: str
     aliased: bool = False
+    """Whether it has more names than one."""
+    renamed: bool = False
+    """Whether this is another name than the one it was stated under."""
 
 
 class _Text:
@@ -85,7 +89,7 @@ class _Text:
     def __init__(self, length: int) -> None:
         self.length = length
         self.bytes = bytearray()
-        self.answers: list[tuple[int, int]] = []
+        self.answers: list[tuple[int, int, int]] = []
 
     @property
     def room(self) -> int:
@@ -94,18 +98,18 @@ class _Text:
     def add(self, text: str) -> None:
         self.bytes += text.encode()
 
-    def answer(self, text: str) -> None:
+    def answer(self, text: str, mark: int = FIRST) -> None:
         start = len(self.bytes)
         self.bytes += text.encode()
-        self.answers.append((start, len(self.bytes)))
+        self.answers.append((start, len(self.bytes), mark))
 
 
 @dataclass(frozen=True)
 class Document:
     """Token ids, the first of them BOS, and what they answer, both ``[length]``.
 
-    ``answer`` is 0 for text, 1 for the first byte of an answer, which says where the model
-    looked, and 2 for its other bytes.
+    ``answer`` is 0 for text, ``FIRST`` for the first byte of an answer, which says where the model
+    looked, ``RENAMED`` for that of a fact asked for under another name, ``OTHERS`` for the rest.
     """
 
     ids: NDArray[np.int16]
@@ -121,9 +125,9 @@ def document(seed: int, index: int, length: int, names: Names = SOME_NAMES) -> D
     ids[0] = BOS
     ids[1:] = np.frombuffer(bytes(text.bytes[: length - 1]), np.uint8)
     answer = np.zeros(length, np.int8)
-    for start, end in text.answers:
-        answer[1 + start : 1 + end] = 2
-        answer[1 + start : 2 + start] = 1
+    for start, end, mark in text.answers:
+        answer[1 + start : 1 + end] = OTHERS
+        answer[1 + start : 2 + start] = mark
     return Document(ids, answer)
 
 
@@ -216,7 +220,7 @@ class _Writer:
         if draws.chance(REPEATED):
             again = draws.pick(self.known)
             text.add(language.paraphrase(again.kind, again.key))
-            text.answer(again.value)
+            text.answer(again.value, RENAMED if again.renamed else FIRST)
             text.add(language.ending(again.kind))
         if draws.chance(UPDATED) and not (old := draws.pick(self.known)).aliased:
             old.value = value(old.kind, draws)
@@ -244,7 +248,7 @@ class _Writer:
         fact.aliased = True
         other = Key(fact.key.attribute, language.entity(self.draws))
         self.text.add(language.alias(fact.key, other.entity))
-        return _Known(fact.kind, other, fact.value, aliased=True)
+        return _Known(fact.kind, other, fact.value, aliased=True, renamed=True)
 
     def _breathe(self) -> None:
         if self.draws.chance(0.5):
@@ -273,7 +277,7 @@ class _Writer:
         """Ask for a fact stated anywhere before; each is asked once."""
         fact = self.known.pop(self.draws.below(len(self.known)))
         self.text.add(language.question(fact.key))
-        self.text.answer(fact.value)
+        self.text.answer(fact.value, RENAMED if fact.renamed else FIRST)
         self.text.add(ANSWER_END)
 
     # the other families

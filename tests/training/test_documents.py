@@ -5,7 +5,17 @@ import hashlib
 import numpy as np
 import pytest
 
-from training.documents import BOS, CHAINED_NAMES, MANY_NAMES, SOME_NAMES, Names, document
+from training.documents import (
+    BOS,
+    CHAINED_NAMES,
+    FIRST,
+    MANY_NAMES,
+    OTHERS,
+    RENAMED,
+    SOME_NAMES,
+    Names,
+    document,
+)
 
 
 def far_names(names: Names) -> int:
@@ -53,7 +63,7 @@ def test_a_document_has_its_length_and_marks_answers(length):
         assert made.ids.shape == made.answer.shape == (length,)
         assert made.ids[0] == BOS
         assert made.answer[0] == 0
-        assert set(np.unique(made.answer)) <= {0, 1, 2}
+        assert set(np.unique(made.answer)) <= {0, FIRST, OTHERS, RENAMED}
         assert made.ids[1:].max() < 256
     marked = np.mean([(made.answer > 0).mean() for made in documents])
     assert length < 512 or 0.02 < marked < 0.3
@@ -62,8 +72,24 @@ def test_a_document_has_its_length_and_marks_answers(length):
 def test_an_answer_begins_with_one_first_byte():
     answer = document(3, 1, 4096).answer
     before = np.concatenate([[0], answer[:-1]])
-    assert (answer == 1).sum() > 5
-    assert (before[answer == 2] != 0).all()
+    assert (answer == FIRST).sum() > 5
+    assert (before[answer == OTHERS] != 0).all()
+    assert not np.isin(before[np.isin(answer, (FIRST, RENAMED))], (FIRST, RENAMED)).any()
+
+
+def test_what_is_asked_under_another_name_is_marked_so():
+    made = document(4, 3, 30_000, MANY_NAMES)
+    text = bytes(made.ids[1:].astype(np.uint8))
+    found = {FIRST: 0, RENAMED: 0}
+    for start in np.flatnonzero(np.isin(made.answer, (FIRST, RENAMED))) - 1:
+        before = text[:start].decode(errors="ignore")
+        key = before.rpartition("\nAnswer: The ")[2].removesuffix(" is ")
+        if "\n" in key:  # no question
+            continue
+        other_name = f"The {key} is the same as that of " in before
+        assert other_name == (made.answer[start + 1] == RENAMED)
+        found[made.answer[start + 1]] += 1
+    assert min(found.values()) > 5
 
 
 def test_what_a_question_asks_was_said_before():
@@ -80,7 +106,8 @@ def test_the_same_numbers_give_the_same_bytes_on_every_machine():
     digest = hashlib.sha256()
     for length in (512, 2048, 8192):
         made = document(1, 7, length)
-        digest.update(made.ids.astype("<i2").tobytes() + made.answer.tobytes())
+        marks = np.where(made.answer == RENAMED, FIRST, made.answer).astype(np.int8)
+        digest.update(made.ids.astype("<i2").tobytes() + marks.tobytes())
     assert digest.hexdigest()[:16] == "93238126baee2b71"
     assert not np.array_equal(document(1, 8, 512).ids, document(1, 7, 512).ids)
     assert not np.array_equal(document(2, 7, 512).ids, document(1, 7, 512).ids)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from training.documents import SOME_NAMES
 from training.embedded import (
     DEEPEN,
+    FINISH,
     LEARN,
     LENGTHEN,
     STEP_TOKENS,
@@ -192,9 +193,14 @@ def test_the_rate_rises_stays_and_declines_and_rises_a_quarter_as_high_again():
     assert rates[learn - 1] == pytest.approx(0.05, abs=0.001)
     assert 0.15 < max(rates[learn:]) <= 0.25
     assert rates[-1] == pytest.approx(0.0125, abs=0.001)
-    deepen = [step.rate for step in plan((DEEPEN,), STEP_TOKENS)]
-    assert max(deepen) == 0.5
-    assert deepen[-1] == pytest.approx(0.025, abs=0.001)
+    deeper = plan((DEEPEN, FINISH), STEP_TOKENS)
+    ended = len(plan((DEEPEN,), STEP_TOKENS))
+    assert ended == 2713
+    assert max(step.rate for step in deeper[:ended]) == 0.5
+    assert 0.25 < max(step.rate for step in deeper[ended:]) < 0.3
+    assert deeper[-1].rate == pytest.approx(0.012, abs=0.001)
+    assert {step.weights[0] for step in deeper[:ended]} == {0.1}
+    assert {step.weights[0] for step in deeper[ended:]} == {0.01}
     lengths = [step.length for step in steps]
     assert [lengths[0], lengths[learn - 1], lengths[-1]] == [512, 131_072, 131_072]
     assert {step.rows * step.length for step in steps} == {STEP_TOKENS}
