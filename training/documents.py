@@ -55,7 +55,9 @@ class Names:
 
     ``behind`` and ``before`` the fact is stated; ``coded`` is filed under a code that other
     sentences refer to. Of the names before, a share ``far`` stands well before it; of those
-    behind, a share ``chained`` is given to what has another name already.
+    behind, a share ``chained`` is given to what has another name already. A share ``narrow`` of
+    the texts is dense with facts of a few attributes: elsewhere a fact can often be told by its
+    attribute alone, and nobody need look up whose it is.
     """
 
     behind: float
@@ -63,11 +65,13 @@ class Names:
     coded: float
     far: float
     chained: float = 0.0
+    narrow: float = 0.0
 
 
 SOME_NAMES = Names(behind=0.25, before=0.06, coded=0.06, far=0.0)
 MANY_NAMES = Names(behind=0.35, before=0.3, coded=0.12, far=0.7)
 CHAINED_NAMES = Names(behind=0.4, before=0.35, coded=0.16, far=0.7, chained=0.4)
+TOLD_BY_NAME = Names(behind=0.6, before=0.3, coded=0.12, far=0.7, chained=0.3, narrow=0.7)
 
 
 @dataclass
@@ -151,6 +155,12 @@ class _Writer:
             self.density = max(self.density, 0.4)
         # Short texts are for learning to look up at all: most of them is asked for.
         self.asking = 0.5 if _short(text.length) else 0.1 + 0.3 * draws.uniform()
+        self.topics: list[tuple[str, str]] = []
+        """Kinds and attributes that a narrow text is about."""
+        if self.names.narrow and draws.chance(self.names.narrow):
+            kinds = draws.sample(KINDS, draws.between(1, 3))
+            self.topics = [(kind, draws.pick(language.ATTRIBUTES[kind])) for kind in kinds]
+            self.density = max(self.density, 0.3)
 
     def write(self) -> None:
         draws, text = self.draws, self.text
@@ -166,6 +176,8 @@ class _Writer:
                 self._fill()
 
     def _family(self) -> str:
+        if self.topics and self.draws.chance(0.7):
+            return "facts"
         at = self.draws.uniform()
         for name, share in FAMILIES:
             at -= share
@@ -190,7 +202,7 @@ class _Writer:
         draws = self.draws
         for _ in range(draws.between(1, 4)):
             self._state()
-        while self.known and draws.chance(0.55):
+        while self.known and draws.chance(0.8 if self.topics else 0.55):
             self._ask()
 
     def _state(self) -> None:
@@ -257,8 +269,12 @@ class _Writer:
     def _key(self) -> tuple[str, Key]:
         """A kind and a key not yet used; some are near to an earlier one."""
         draws = self.draws
-        kind = draws.pick(KINDS)
-        key = Key(draws.pick(language.ATTRIBUTES[kind]), language.entity(draws))
+        if self.topics:
+            kind, attribute = draws.pick(self.topics)
+        else:
+            kind = draws.pick(KINDS)
+            attribute = draws.pick(language.ATTRIBUTES[kind])
+        key = Key(attribute, language.entity(draws))
         if self.keys:
             near_kind, near = draws.pick(self.keys)
             if draws.chance(NEAR_DUPLICATE) and " " in near.entity:
@@ -275,7 +291,10 @@ class _Writer:
 
     def _ask(self) -> None:
         """Ask for a fact stated anywhere before; each is asked once."""
-        fact = self.known.pop(self.draws.below(len(self.known)))
+        asked = range(len(self.known))
+        if self.topics and self.draws.chance(0.6):
+            asked = [i for i, fact in enumerate(self.known) if fact.renamed] or asked
+        fact = self.known.pop(self.draws.pick(asked))
         self.text.add(language.question(fact.key))
         self.text.answer(fact.value, RENAMED if fact.renamed else FIRST)
         self.text.add(ANSWER_END)

@@ -13,6 +13,7 @@ from training.documents import (
     OTHERS,
     RENAMED,
     SOME_NAMES,
+    TOLD_BY_NAME,
     Names,
     document,
 )
@@ -54,6 +55,23 @@ def test_names_of_names_come_where_chains_are_asked():
         return links
 
     assert chained(CHAINED_NAMES) > 2 * chained(MANY_NAMES) > 0
+
+
+def test_narrow_texts_ask_for_facts_that_their_attribute_does_not_tell():
+    def rivals(names: Names) -> float:
+        """Other keys of the attribute that was asked for, before the question, on average."""
+        found = []
+        for index in range(12):
+            text = bytes(document(3, index, 9000, names).ids[1:].astype(np.uint8))
+            before, *asked = text.decode(errors="ignore").split("\nAnswer: The ")
+            for piece in asked:
+                attribute, _, name = piece.split(" is ")[0].partition(" of ")
+                keys = {part.split(" is ")[0] for part in before.split(f"he {attribute} of ")[1:]}
+                found.append(len(keys - {name}))
+                before += piece
+        return float(np.mean(found))
+
+    assert rivals(TOLD_BY_NAME) > 3 * rivals(CHAINED_NAMES)
 
 
 @pytest.mark.parametrize("length", [64, 65, 512, 2048, 9000])  # short, ragged, own filler
