@@ -27,7 +27,6 @@ from minference_green.corpus.kinds import KINDS, value, word
 from minference_green.corpus.language import ANSWER_END, Key
 
 BOS = 256
-FIRST, OTHERS, RENAMED = 1, 2, 3
 NEAR_DUPLICATE = 0.2
 """Share of facts whose key differs from an earlier one of its kind in one word only: many similar
 keys are what such a model fails at."""
@@ -54,24 +53,17 @@ class Names:
     """How often facts get other names, as chances per fact.
 
     ``behind`` and ``before`` the fact is stated; ``coded`` is filed under a code that other
-    sentences refer to. Of the names before, a share ``far`` stands well before it; of those
-    behind, a share ``chained`` is given to what has another name already. A share ``narrow`` of
-    the texts is dense with facts of a few attributes: elsewhere a fact can often be told by its
-    attribute alone, and nobody need look up whose it is.
+    sentences refer to. Of the names before, a share ``far`` stands well before it.
     """
 
     behind: float
     before: float
     coded: float
     far: float
-    chained: float = 0.0
-    narrow: float = 0.0
 
 
 SOME_NAMES = Names(behind=0.25, before=0.06, coded=0.06, far=0.0)
 MANY_NAMES = Names(behind=0.35, before=0.3, coded=0.12, far=0.7)
-CHAINED_NAMES = Names(behind=0.4, before=0.35, coded=0.16, far=0.7, chained=0.4)
-TOLD_BY_NAME = Names(behind=0.6, before=0.3, coded=0.12, far=0.7, chained=0.3, narrow=0.7)
 
 
 @dataclass
@@ -82,9 +74,6 @@ class _Known:
     key: Key
     value: str
     aliased: bool = False
-    """Whether it has more names than one."""
-    renamed: bool = False
-    """Whether this is another name than the one it was stated under."""
 
 
 class _Text:
@@ -93,7 +82,7 @@ class _Text:
     def __init__(self, length: int) -> None:
         self.length = length
         self.bytes = bytearray()
-        self.answers: list[tuple[int, int, int]] = []
+        self.answers: list[tuple[int, int]] = []
 
     @property
     def room(self) -> int:
@@ -102,18 +91,18 @@ class _Text:
     def add(self, text: str) -> None:
         self.bytes += text.encode()
 
-    def answer(self, text: str, mark: int = FIRST) -> None:
+    def answer(self, text: str) -> None:
         start = len(self.bytes)
         self.bytes += text.encode()
-        self.answers.append((start, len(self.bytes), mark))
+        self.answers.append((start, len(self.bytes)))
 
 
 @dataclass(frozen=True)
 class Document:
     """Token ids, the first of them BOS, and what they answer, both ``[length]``.
 
-    ``answer`` is 0 for text, ``FIRST`` for the first byte of an answer, which says where the model
-    looked, ``RENAMED`` for that of a fact asked for under another name, ``OTHERS`` for the rest.
+    ``answer`` is 0 for text, 1 for the first byte of an answer, which says where the model
+    looked, and 2 for its other bytes.
     """
 
     ids: NDArray[np.int16]
@@ -129,9 +118,9 @@ def document(seed: int, index: int, length: int, names: Names = SOME_NAMES) -> D
     ids[0] = BOS
     ids[1:] = np.frombuffer(bytes(text.bytes[: length - 1]), np.uint8)
     answer = np.zeros(length, np.int8)
-    for start, end, mark in text.answers:
-        answer[1 + start : 1 + end] = OTHERS
-        answer[1 + start : 2 + start] = mark
+    for start, end in text.answers:
+        answer[1 + start : 1 + end] = 2
+        answer[1 + start : 2 + start] = 1
     return Document(ids, answer)
 
 
@@ -155,12 +144,6 @@ class _Writer:
             self.density = max(self.density, 0.4)
         # Short texts are for learning to look up at all: most of them is asked for.
         self.asking = 0.5 if _short(text.length) else 0.1 + 0.3 * draws.uniform()
-        self.topics: list[tuple[str, str]] = []
-        """Kinds and attributes that a narrow text is about."""
-        if self.names.narrow and draws.chance(self.names.narrow):
-            kinds = draws.sample(KINDS, draws.between(1, 3))
-            self.topics = [(kind, draws.pick(language.ATTRIBUTES[kind])) for kind in kinds]
-            self.density = max(self.density, 0.3)
 
     def write(self) -> None:
         draws, text = self.draws, self.text
@@ -176,8 +159,6 @@ class _Writer:
                 self._fill()
 
     def _family(self) -> str:
-        if self.topics and self.draws.chance(0.7):
-            return "facts"
         at = self.draws.uniform()
         for name, share in FAMILIES:
             at -= share
@@ -202,7 +183,7 @@ class _Writer:
         draws = self.draws
         for _ in range(draws.between(1, 4)):
             self._state()
-        while self.known and draws.chance(0.8 if self.topics else 0.55):
+        while self.known and draws.chance(0.55):
             self._ask()
 
     def _state(self) -> None:
@@ -232,25 +213,18 @@ class _Writer:
         if draws.chance(REPEATED):
             again = draws.pick(self.known)
             text.add(language.paraphrase(again.kind, again.key))
-            text.answer(again.value, RENAMED if again.renamed else FIRST)
+            text.answer(again.value)
             text.add(language.ending(again.kind))
         if draws.chance(UPDATED) and not (old := draws.pick(self.known)).aliased:
             old.value = value(old.kind, draws)
             text.add(language.update(old.kind, old.key) + old.value + language.ending(old.kind))
         if draws.chance(names.behind):
-            self._alias(self._to_name())
+            self._alias(draws.pick(self.known))
 
     def _say(self, fact: _Known) -> None:
         form = language.paraphrase if self.draws.chance(0.3) else language.statement
         line = "\n" if fact.kind == "cell" and self.draws.chance(0.5) else ""
         self.text.add(line + form(fact.kind, fact.key) + fact.value + language.ending(fact.kind))
-
-    def _to_name(self) -> _Known:
-        """A fact stated before that gets another name, at times one more."""
-        named = []
-        if self.names.chained and self.draws.chance(self.names.chained):
-            named = [fact for fact in self.known if fact.aliased]
-        return self.draws.pick(named or self.known)
 
     def _alias(self, fact: _Known) -> None:
         """Another name for what a fact is about, to be asked under that name."""
@@ -260,7 +234,7 @@ class _Writer:
         fact.aliased = True
         other = Key(fact.key.attribute, language.entity(self.draws))
         self.text.add(language.alias(fact.key, other.entity))
-        return _Known(fact.kind, other, fact.value, aliased=True, renamed=True)
+        return _Known(fact.kind, other, fact.value, aliased=True)
 
     def _breathe(self) -> None:
         if self.draws.chance(0.5):
@@ -269,12 +243,8 @@ class _Writer:
     def _key(self) -> tuple[str, Key]:
         """A kind and a key not yet used; some are near to an earlier one."""
         draws = self.draws
-        if self.topics:
-            kind, attribute = draws.pick(self.topics)
-        else:
-            kind = draws.pick(KINDS)
-            attribute = draws.pick(language.ATTRIBUTES[kind])
-        key = Key(attribute, language.entity(draws))
+        kind = draws.pick(KINDS)
+        key = Key(draws.pick(language.ATTRIBUTES[kind]), language.entity(draws))
         if self.keys:
             near_kind, near = draws.pick(self.keys)
             if draws.chance(NEAR_DUPLICATE) and " " in near.entity:
@@ -291,12 +261,9 @@ class _Writer:
 
     def _ask(self) -> None:
         """Ask for a fact stated anywhere before; each is asked once."""
-        asked = range(len(self.known))
-        if self.topics and self.draws.chance(0.6):
-            asked = [i for i, fact in enumerate(self.known) if fact.renamed] or asked
-        fact = self.known.pop(self.draws.pick(asked))
+        fact = self.known.pop(self.draws.below(len(self.known)))
         self.text.add(language.question(fact.key))
-        self.text.answer(fact.value, RENAMED if fact.renamed else FIRST)
+        self.text.answer(fact.value)
         self.text.add(ANSWER_END)
 
     # the other families

@@ -1,9 +1,7 @@
 """Train the embedded model: ``python -m training.embedded --work DIR [--minutes M]``.
 
-Two trainings after each other, each in a folder of its own: the first from nothing, the second
-(``--deepen MODEL``) from what the first exported, with one more layer. Pieces of any length, each
-continuing where the last one stopped; the same documents in the same order whatever the pieces.
-``--export`` writes the files that the package ships.
+Pieces of any length, each continuing where the last one stopped; the same documents in the
+same order whatever the pieces. ``--export`` writes the files that the package ships.
 """
 
 import argparse
@@ -20,22 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from training.documents import (
-    CHAINED_NAMES,
-    FIRST,
-    MANY_NAMES,
-    RENAMED,
-    SOME_NAMES,
-    TOLD_BY_NAME,
-    Names,
-    document,
-)
-from training.network import Network, Shape, deepened, fastest_backend
+from training.documents import MANY_NAMES, SOME_NAMES, Names, document
+from training.network import Network, Shape, fastest_backend
 from training.positions import jumping_positions
 
 SEED = 1
-DEEPEN_SEED = 2
-FIRST_LAYERS = 4
 STEP_TOKENS = 131_072
 
 
@@ -44,10 +31,8 @@ class Pass:
     """Stages of (row length, tokens) under one rise and decline of the learning rate.
 
     ``rate`` is the share of the full rate it reaches, ``decline`` the share of its steps over
-    which it falls to ``last``; the ``left_out`` last steps are not taken. ``names`` and ``far``
-    say what documents and positions hold. Attention logits are multiplied by a number drawn from
-    ``softest`` to 1 for every step. ``weights`` of a byte: text, an answer's first, its others, the
-    first of a fact asked for under another name. The first alone has to be found in the text.
+    which it falls to ``last``. ``names`` and ``far`` say what documents and positions hold.
+    Attention logits are multiplied by a number drawn from ``softest`` to 1 for every step.
     """
 
     stages: tuple[tuple[int, float], ...]
@@ -57,8 +42,6 @@ class Pass:
     names: Names
     far: float
     softest: float
-    weights: tuple[float, float, float, float] = (0.1, 3.0, 1.0, 3.0)
-    left_out: int = 0
 
 
 LEARN = Pass(
@@ -74,29 +57,13 @@ LENGTHEN = Pass(
 half a million, and the many more keys of a longer text. Among n keys a logit has to stand out by
 about ln n, and ln 1 048 576 / ln 131 072 is 1.18: logits are flattened by up to a fifth."""
 
-DEEPEN = Pass(
-    ((2_048, 170e6), (8_192, 130e6), (32_768, 60e6), (131_072, 30e6)),
-    rate=0.5, decline=0.6, last=0.05, names=CHAINED_NAMES, far=0.5, softest=0.8, left_out=263,
-)  # fmt: skip
-"""With a layer more. A fact under another name takes two lookups in a row behind the composing of
-names, and four layers found seven in ten of those. Short rows teach it, with positions and logits
-of long texts all along: without these they unlearn them. It was ended before its end, when what was
-still wrong turned out to need other texts."""
-
-FINISH = Pass(
-    ((2_048, 105e6), (8_192, 65e6), (32_768, 26e6), (131_072, 20e6)),
-    rate=0.5, decline=0.5, last=0.04, names=TOLD_BY_NAME, far=0.5, softest=0.8,
-    weights=(0.02, 3.0, 1.0, 6.0),
-)  # fmt: skip
-"""Wherever the model was wrong of a name given after its fact, it told another fact of the same
-attribute: it had learned to go by the attribute, which in most of the texts so far was enough. In
-these it is not. Text that answers nothing is 97 bytes of 100 and cannot be foretold: at a tenth of
-an answer's weight it makes nearly all of the gradient."""
-
 MATRIX_RATE = 0.02
 OTHER_RATE = 3e-3
 WARM_UP_STEPS = 100
 CLIP = 1.0
+WEIGHTS = (0.1, 3.0, 1.0)
+"""Weight of a byte that answers nothing, of an answer's first and of its others: the first alone
+has to be found in the text, the others follow it."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +76,6 @@ class Step:
     names: Names
     far: float
     softest: float
-    weights: tuple[float, float, float, float]
 
 
 def plan(passes: tuple[Pass, ...], step_tokens: int) -> tuple[Step, ...]:
@@ -121,11 +87,11 @@ def plan(passes: tuple[Pass, ...], step_tokens: int) -> tuple[Step, ...]:
             for length, tokens in one.stages
             for _ in range(round(tokens / max(step_tokens, length)))
         ]
-        for i, length in enumerate(lengths[: len(lengths) - one.left_out]):
+        for i, length in enumerate(lengths):
             decline = min(1.0, (len(lengths) - i) / (one.decline * len(lengths)))
             rate = one.rate * min((i + 1) / WARM_UP_STEPS, one.last + (1 - one.last) * decline)
             rows = max(1, step_tokens // length)
-            steps.append(Step(rows, length, rate, one.names, one.far, one.softest, one.weights))
+            steps.append(Step(rows, length, rate, one.names, one.far, one.softest))
     return tuple(steps)
 
 
@@ -170,28 +136,20 @@ class Trainer:
         self.muon = torch.optim.Muon(matrices, lr=MATRIX_RATE, momentum=0.95, weight_decay=0.0)
         self.adam = torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.0)
 
-    def start_from(self, model: Path) -> None:
-        """Take the weights of an export that has one layer less."""
-        weights = load_file(model / "model.safetensors")
-        self.network.load_state_dict(deepened(weights, self.network.shape))
-
-    def train(self, ids: Tensor, marks: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One step; the loss, and the shares of answers whose first byte came out right.
-
-        Of those asked for under the name they were stated under, and of the others.
-        """
-        step = self.plan[self.step]
+    def train(self, ids: Tensor, marks: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """One step; the loss, and the share of answers whose first byte came out right."""
+        rate = self.plan[self.step].rate
         for optimiser, full in ((self.muon, MATRIX_RATE), (self.adam, OTHER_RATE)):
             for group in optimiser.param_groups:
-                group["lr"] = full * step.rate
+                group["lr"] = full * rate
         ids, marks, positions = (
             t.to(self.device, non_blocking=True) for t in (ids.long(), marks, positions)
         )
         drawn = random.Random(f"{self.seed} {self.step}").random()  # noqa: S311 - no secret
-        softness = step.softest + (1 - step.softest) * drawn
-        hidden = self.network.hidden(ids, positions, softness)
+        softest = self.plan[self.step].softest
+        hidden = self.network.hidden(ids, positions, softest + (1 - softest) * drawn)
         targets, answers = ids.roll(-1, 1), marks.roll(-1, 1).long()
-        weight = torch.tensor(step.weights, device=self.device)[answers]
+        weight = torch.tensor(WEIGHTS, device=self.device)[answers]
         weight[:, -1] = 0.0
         losses, right = self.network.losses(hidden, targets.reshape(-1))
         loss = (losses * weight.view(-1)).sum() / weight.sum()
@@ -201,9 +159,8 @@ class Trainer:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         self.step += 1
-        first, renamed = ((answers == mark).view(-1) for mark in (FIRST, RENAMED))
-        shares = ((right & asked).sum() / asked.sum().clamp(min=1) for asked in (first, renamed))
-        return loss.detach(), *shares
+        firsts = (answers == 1).view(-1)
+        return loss.detach(), (right & firsts).sum() / firsts.sum().clamp(min=1)
 
     def save(self, folder: Path) -> None:
         """Write weights, optimiser states and the step; a cut leaves the last whole save."""
@@ -257,7 +214,7 @@ def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def run(trainer: Trainer, work: Path, *, seconds: float, workers: int, every: int = 20) -> None:
     """Train for about ``seconds`` or to the end, logging to ``log.jsonl``, saving at the end."""
     start = time.monotonic()
-    recent: list[tuple[Tensor, Tensor, Tensor]] = []
+    recent: list[tuple[Tensor, Tensor]] = []
     lately = 0
     batches = DataLoader(
         Steps(trainer.plan, trainer.step, trainer.seed),
@@ -276,15 +233,12 @@ def run(trainer: Trainer, work: Path, *, seconds: float, workers: int, every: in
             recent.append(trainer.train(*batch))
             elapsed = time.monotonic() - start
             if trainer.step % every == 0 or elapsed > seconds:
-                loss, right, renamed = (
-                    float(torch.stack(x).mean()) for x in zip(*recent, strict=True)
-                )
+                loss, right = (float(torch.stack(x).mean()) for x in zip(*recent, strict=True))
                 record = {
                     "step": trainer.step,
                     "length": length,
                     "loss": round(loss, 4),
                     "first_bytes_right": round(right, 4),
-                    "renamed_first_bytes_right": round(renamed, 4),
                     "seconds": round(elapsed, 2),
                 }
                 print(json.dumps(record), flush=True)
@@ -328,7 +282,6 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600.0, help="stop this piece after")
     parser.add_argument("--workers", type=int, default=12, help="processes that write documents")
     parser.add_argument("--scale", type=float, default=1.0, help="share of every stage's tokens")
-    parser.add_argument("--deepen", type=Path, metavar="MODEL", help="start from this export")
     parser.add_argument("--export", type=Path, help="write the trained model here and stop")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -337,20 +290,14 @@ def main() -> None:
         replace(
             one, stages=tuple((length, tokens * options.scale) for length, tokens in one.stages)
         )
-        for one in ((DEEPEN, FINISH) if options.deepen else (LEARN, LENGTHEN))
+        for one in (LEARN, LENGTHEN)
     )
-    layers = FIRST_LAYERS + bool(options.deepen)
-    shape = Shape(num_hidden_layers=layers)
-    trainer = Trainer(
-        plan(passes, STEP_TOKENS), shape, device, DEEPEN_SEED if options.deepen else SEED
-    )
+    trainer = Trainer(plan(passes, STEP_TOKENS), Shape(), device, SEED)
     checkpoint = options.work / "checkpoint"
     if saved(checkpoint):
         trainer.load(checkpoint)
     elif options.export:
         parser.error(f"there is no {checkpoint} to export; train first")
-    elif options.deepen:
-        trainer.start_from(options.deepen)
     if options.export:
         export(trainer.network, options.export)
         return

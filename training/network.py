@@ -22,7 +22,7 @@ class Shape:
     vocab_size: int = 320
     hidden_size: int = 256
     intermediate_size: int = 512
-    num_hidden_layers: int = 5
+    num_hidden_layers: int = 4
     num_attention_heads: int = 8
     num_key_value_heads: int = 2
     head_dim: int = 64
@@ -110,25 +110,6 @@ class Network(nn.Module):
         return self._losses(
             hidden, self.model.norm.weight, self.model.embed_tokens.weight, targets, self.shape
         )
-
-
-def deepened(weights: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
-    """The weights with one layer more, ``shape``'s number, that computes the same as before.
-
-    The new layer stands before the last and looks for what the last looks for; what it adds to
-    the residual stream begins at zero. Raises ``ValueError`` if ``weights`` have another number.
-    """
-    prefix, last = "model.layers.", shape.num_hidden_layers - 2
-    found = {int(name.split(".")[2]) for name in weights if name.startswith(prefix)}
-    if found != set(range(last + 1)):
-        raise ValueError(f"{last + 1} layers become {last + 2}, the weights have {len(found)}")
-    deeper = dict(weights)
-    for name, tensor in weights.items():
-        if name.startswith(f"{prefix}{last}."):
-            ends = name.endswith(("o_proj.weight", "down_proj.weight"))
-            deeper[name] = torch.zeros_like(tensor) if ends else tensor
-            deeper[name.replace(f"{prefix}{last}.", f"{prefix}{last + 1}.")] = tensor
-    return deeper
 
 
 _BEFORE = ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -1,7 +1,6 @@
 """Training: a stock Llama's arithmetic, resumable to the bit, and something is learned."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,6 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from training.documents import SOME_NAMES
 from training.embedded import (
-    DEEPEN,
-    FINISH,
     LEARN,
     LENGTHEN,
     STEP_TOKENS,
@@ -24,7 +21,7 @@ from training.embedded import (
     run,
     saved,
 )
-from training.network import Network, Shape, deepened
+from training.network import Network, Shape
 from training.positions import LONGEST, jumping_positions
 
 CPU = torch.device("cpu")
@@ -72,47 +69,6 @@ def test_the_network_is_transformers_llama_to_the_bit(tmp_path):
     expected = torch.nn.functional.cross_entropy(logits, ids.reshape(-1), reduction="none")
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(right, logits.argmax(-1) == ids.reshape(-1))
-
-
-def test_a_layer_more_changes_nothing_until_it_is_trained():
-    three = replace(SMALL, num_hidden_layers=3)
-    shallow, deep = Network(SMALL), Network(three)
-    shallow.initialise(3)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for tensor in shallow.parameters():
-            tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.05)
-    deep.load_state_dict(deepened(shallow.state_dict(), three))
-    ids = torch.randint(0, 320, (2, 65), generator=generator)
-    positions = torch.arange(65).expand(2, -1)
-    with torch.no_grad():
-        assert torch.equal(deep.hidden(ids, positions), shallow.hidden(ids, positions))
-    deep.hidden(ids, positions).square().mean().backward()
-    new = deep.model.layers[1]
-    for name in ("self_attn.o_proj", "mlp.down_proj"):
-        assert new.get_parameter(f"{name}.weight").grad.abs().max() > 0, name
-    with pytest.raises(ValueError, match="3 layers become 4, the weights have 2"):
-        deepened(shallow.state_dict(), replace(SMALL, num_hidden_layers=4))
-
-
-def test_the_second_training_starts_from_an_export_of_one_layer_less(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.embedded.FIRST_LAYERS", 2)
-    monkeypatch.setattr("training.embedded.Shape", lambda **more: replace(SMALL, **more))
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
-
-    def call(*words: object) -> None:
-        monkeypatch.setattr("sys.argv", ["embedded", "--workers=0", *map(str, words)])
-        main()
-
-    first = trainer()
-    export(first.network, tmp_path / "shallow")
-    small = ["--minutes", 0, "--scale", 1e-3]
-    deep = ["--work", tmp_path / "deep", "--deepen", tmp_path / "shallow"]
-    call(*deep, *small)
-    call(*deep, "--export", tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.config.num_hidden_layers == 3
-    assert json.loads((tmp_path / "deep/checkpoint/step.json").read_text())["step"] == 1
 
 
 def test_a_training_cut_in_two_ends_with_the_same_bits(tmp_path):
@@ -193,14 +149,6 @@ def test_the_rate_rises_stays_and_declines_and_rises_a_quarter_as_high_again():
     assert rates[learn - 1] == pytest.approx(0.05, abs=0.001)
     assert 0.15 < max(rates[learn:]) <= 0.25
     assert rates[-1] == pytest.approx(0.0125, abs=0.001)
-    deeper = plan((DEEPEN, FINISH), STEP_TOKENS)
-    ended = len(plan((DEEPEN,), STEP_TOKENS))
-    assert ended == 2713
-    assert max(step.rate for step in deeper[:ended]) == 0.5
-    assert max(step.rate for step in deeper[ended:]) == 0.5
-    assert deeper[-1].rate == pytest.approx(0.02, abs=0.001)
-    assert {step.weights[0] for step in deeper[:ended]} == {0.1}
-    assert {step.weights[0] for step in deeper[ended:]} == {0.02}
     lengths = [step.length for step in steps]
     assert [lengths[0], lengths[learn - 1], lengths[-1]] == [512, 131_072, 131_072]
     assert {step.rows * step.length for step in steps} == {STEP_TOKENS}
