@@ -16,6 +16,9 @@ for its share of the heads. TFLOP/s count the 64 x 64 tiles that are computed. T
 relative, of sampled rows from the prompt's begin, middle and end, against products in float32 and
 a softmax in float64. What cannot run is named with its reason.
 
+Queries and keys with planted structure, from which estimate and index find what attention then
+computes, are what ``green-bench run -m planted:llama-3-8b --breakdown`` replays, step by step.
+
 ``--minference PATH`` is a checkout of MInference; its kernel needs its CUDA index extension,
 which is built from the checkout's ``csrc`` (nvcc needed). It runs head by head, as shipped.
 ``--joules`` repeats each variant for two seconds and more between two edges of the GPU's
