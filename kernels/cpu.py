@@ -134,6 +134,31 @@ def block_attention(
     return _attend(q, k, v, index.heads, tiles, scale, out, return_lse)
 
 
+def stretches_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *, scale: float
+) -> Tensor:
+    """Attention of stretches of queries, each over the keys before all of them and its own.
+
+    Shapes: ``q [B, Hq, n_q, D]``, ``k, v [B, Hkv, n_k, D]``, where the last ``n_q`` keys are the
+    stretches' own and ``n_q`` is the sum of ``lengths``; returns ``[B, Hq, n_q, D]``. All keys
+    before are seen by every query, so they need no mask, which costs torch's fused attention
+    twice as much again as the attention itself. Raises ``ValueError`` on shapes that do not fit.
+    """
+    _check(q, k, v, k.shape[2])
+    if sum(lengths) != q.shape[2]:
+        raise ValueError(f"lengths must add up to n_q = {q.shape[2]}, got {list(lengths)}")
+    n_before = k.shape[2] - q.shape[2]
+    keys, values = (x[:, :, n_before:].split(lengths, 2) for x in (k, v))
+    own = [
+        _flash(*each, scale=scale, is_causal=True)
+        for each in zip(q.split(lengths, 2), keys, values, strict=True)
+    ]
+    part = torch.cat([out for out, _ in own], 2), torch.cat([lse for _, lse in own], 2)
+    if n_before:
+        part = _merge(part, _flash(q, k[:, :, :n_before], v[:, :, :n_before], scale=scale))
+    return part[0].to(q.dtype)
+
+
 def row_scores(
     q: Tensor,
     k: Tensor,
@@ -421,21 +446,35 @@ def _fused(
     """Torch's fused CPU attention of a batch of tiles, with its log-sum-exp.
 
     Shapes: ``q [J, TILE, D]``, ``k, v [J, W, D]``, ``mask [J, 1 or TILE, W]`` bool; returns
-    ``[J, TILE, D]`` and ``[J, TILE]``. Called by its operator name because the public function
-    keeps the log-sum-exp to itself.
+    ``[J, TILE, D]`` and ``[J, TILE]``.
     """
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
     bias = None
     if mask is not None:
         bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)[:, None]
-    out, lse = attention(
-        q[:, None], k[:, None], v[:, None], is_causal=is_causal, attn_mask=bias, scale=scale
-    )
-    out, lse = out[:, 0].to(lse.dtype), lse[:, 0]
+    found = _flash(q[:, None], k[:, None], v[:, None], scale=scale, bias=bias, is_causal=is_causal)
+    out, lse = found[0][:, 0], found[1][:, 0]
     if mask is not None:
         # The operator reports 0 for a row that sees no key.
         lse = lse.masked_fill(~mask.any(-1), -torch.inf)
     return out, lse
+
+
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Torch's fused CPU attention, its output as wide as its log-sum-exp.
+
+    Called by its operator name because the public function keeps the log-sum-exp to itself.
+    """
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
+    out, lse = attention(q, k, v, is_causal=is_causal, attn_mask=bias, scale=scale)
+    return out.to(lse.dtype), lse
 
 
 def _merge(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,14 @@ the most likely one; that holds exactly when greedy decoding would write the ans
 
     inside   ... Question? Answer: 4821.   rows of the prompt itself, made by the method
     end      ... Question? Answer: |4821   the prompt's last row, then dense rows over the cache
-    after    |Question? Answer: 4821       dense rows over the cache, each question on its own
+    after    |Question? Answer: 4821       dense rows over the cache, none sees another question
 
 Only rows that predict an answer's token go through the model's head.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,7 @@ from minference_green.corpus.language import ANSWER_END
 from minference_green.corpus.recipe import Recipe
 from minference_green.corpus.records import Fact, Haystack, Question
 from minference_green.errors import UsageError
+from minference_green.methods.apart import Apart
 from minference_green.methods.dense import Dense
 from minference_green.methods.method import PrefillMethod, SeeingMethod
 from minference_green.model.attention import switched
@@ -39,6 +41,10 @@ ANY_BYTES = 2**24
 
 FILLED = 0.97
 """Where tokens are not bytes, a prompt is at least this share of the length asked for."""
+
+
+Continuation = tuple[tuple[int, ...], int]
+"""Tokens over a cache, and of how many of the last the logits are wanted."""
 
 
 @dataclass(frozen=True)
@@ -150,36 +156,55 @@ class ModelRespondent:
         """See :class:`Respondent`; dense attention over the caches, which are used up."""
         probes = [r.probe for r in prompt.inside]
         scores = score(prefilled.logits[: sum(len(p.answer) for p in probes)], probes)
-        dense = Dense()
-        with switched(self.model.model, dense, dense=dense):
-            if prompt.end is not None:
-                assert prefilled.end_logits is not None
-                # The prompt's last row predicts the first token, the cache the others.
-                rows = [prefilled.end_logits]
-                if rest := prompt.end.probe.answer[:-1]:
-                    rows.append(self._go_on(prefilled.end_cache, rest, len(rest)))
-                scores += score(torch.cat(rows), [prompt.end.probe])
-            for ready in prompt.after:
-                tokens = (*ready.before, *ready.probe.answer[:-1])
-                found = self._go_on(prefilled.cache, tokens, len(ready.probe.answer))
-                scores += score(found, [ready.probe])
+        if prompt.end is not None:
+            assert prefilled.end_logits is not None
+            # The prompt's last row predicts the first token, the cache the others.
+            rows = [prefilled.end_logits]
+            if rest := prompt.end.probe.answer[:-1]:
+                rows.append(self._go_on(prefilled.end_cache, [(rest, len(rest))]))
+            scores += score(torch.cat(rows), [prompt.end.probe])
+        asked = [
+            ((*ready.before, *ready.probe.answer[:-1]), len(ready.probe.answer))
+            for ready in prompt.after
+        ]
+        if asked:
+            found = [self._go_on(prefilled.cache, some) for some in self._at_once(asked)]
+            scores += score(torch.cat(found), [ready.probe for ready in prompt.after])
         return scores
 
     def _prefill(self, ids: Tensor, keep: int | Tensor) -> tuple[Tensor, Any]:
         out = self.model.model(input_ids=ids, use_cache=True, logits_to_keep=keep)
         return out.logits[0], out.past_key_values
 
-    def _go_on(self, cache: Any, tokens: Sequence[int], keep: int) -> Tensor:
-        """Logits of the last ``keep`` of some tokens over the cache, which is left as it was."""
-        ids = torch.tensor([tokens], device=self.model.model.device)
+    def _at_once(self, asked: Sequence[Continuation]) -> list[Sequence[Continuation]]:
+        """What can go through the model in one pass, or one by one where a layer has a window.
+
+        There the model makes a mask of its own, in which questions would see each other.
+        """
+        with switched(self.model.model, Dense(), dense=Dense()) as state:
+            return [[one] for one in asked] if state.dense_layers else [asked]
+
+    def _go_on(self, cache: Any, asked: Sequence[Continuation]) -> Tensor:
+        """Logits of the last rows of each continuation of the cache, which is left as it was."""
+        lengths = tuple(len(tokens) for tokens, _ in asked)
+        n_held, device = cache.get_seq_length(), self.model.model.device
+        ends = accumulate(lengths)
+        keep = [row for end, (_, n) in zip(ends, asked, strict=True) for row in range(end - n, end)]
+        ids = [token for tokens, _ in asked for token in tokens]
+        positions = [n_held + i for n in lengths for i in range(n)]
         # A window's layer has dropped what a crop would need; its few tensors are put back.
         windows = [(layer, dict(vars(layer))) for layer in cache.layers if layer.is_sliding]
-        out = self.model.model(
-            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep
-        )
+        with switched(self.model.model, Dense(), dense=Apart(lengths)):
+            out = self.model.model(
+                input_ids=torch.tensor([ids], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=torch.tensor(keep, device=device),
+            )
         for layer in cache.layers:
             if not layer.is_sliding:
-                layer.crop(-len(tokens))
+                layer.crop(-len(ids))
         for layer, before in windows:
             vars(layer).update(before)
         logits: Tensor = out.logits[0]
