@@ -7,6 +7,7 @@ conversation is held inside this process.
 import secrets
 from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from shlex import quote
 from typing import Any, Protocol
@@ -276,6 +277,8 @@ class Conversation:
 def serve_worker(conversation: Conversation) -> None:
     """Hold the conversation with a new worker process; it is over when that is done or dead."""
     worker = WorkerProcess("minference_green.auditing.worker", conversation.directory / LOG_NAME)
+    # What the report will be computed with, two seconds of it, while the worker imports its own.
+    import_module("scipy.stats")
     try:
         converse(worker, conversation.request.device, conversation.answer)
     except (EOFError, BrokenPipeError):
