@@ -28,6 +28,10 @@ from minference_green.torch_device import free_memory
 WINDOW_SECONDS = 1.0
 """A group's prefills last as long, by repetition if need be: a counter moves every 100 ms."""
 
+GROUP_SECONDS = 5.0
+"""A group's prefills take about as long, if memory lasts: the model of a CPU's energy looks for
+50 ms before and after each window, which an arm then pays once for several prompts."""
+
 MOST_IN_GROUP = 16
 
 
@@ -71,7 +75,7 @@ def ask_everything(
     have no finite probability, is skipped from there on, and the others go on.
     """
     fastest = min(seconds.values(), default=1.0)
-    size = min(prompts_in_memory, MOST_IN_GROUP, math.ceil(WINDOW_SECONDS / fastest))
+    size = min(prompts_in_memory, MOST_IN_GROUP, math.ceil(GROUP_SECONDS / fastest))
     lost: set[str] = set()
     for number, first in enumerate(range(0, max(haystacks.values()), max(1, size))):
         group = range(first, first + max(1, size))

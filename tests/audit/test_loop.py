@@ -31,7 +31,7 @@ NAMES = ("dense", "a-shape", NOISE_FLOOR)
 def serve(stand_in, named):
     """A conversation with a stand-in; ``trouble`` is called with each (arm, haystack) prefilled."""
 
-    def make(trouble=lambda arm, haystack: None, revision="1", per_group=4):
+    def make(trouble=lambda arm, haystack: None, revision="1", per_group=4, seconds=0.4):
         class Troubled(stand_in):
             def prefill(self, prompt, method):
                 trouble(method.name, prompt.haystack.index)
@@ -57,7 +57,7 @@ def serve(stand_in, named):
                     frozenset((n, i) for n, i in task["asked"]),
                     frozenset((n, i, m) for n, i, m in task["answered"]),
                 ),
-                seconds=dict.fromkeys(arms, 0.4),
+                seconds=dict.fromkeys(arms, seconds),
                 prompts_in_memory=per_group,
                 device=torch.device("cpu"),
             )
@@ -93,7 +93,7 @@ def test_every_arm_answers_every_haystack_once_and_the_file_is_sealed(
 def test_prefills_of_a_group_share_a_window_that_holds_nothing_else(
     serve, request_, tmp_path, quiet
 ):
-    found = load_audit(audit(request_, tmp_path, quiet, serve()))
+    found = load_audit(audit(request_, tmp_path, quiet, serve(per_group=3)))
     prefills = [s for s in found.of(Spent) if s.what == "prefill" and s.method == "dense"]
     # At 0.4 s each: three texts are 1.2 s, the last two are prefilled twice to fill a second.
     assert [s.prompts for s in prefills] == [3, 4]
@@ -105,6 +105,15 @@ def test_prefills_of_a_group_share_a_window_that_holds_nothing_else(
     assert [getattr(e, "what", "answer") for e in events[:5]] == [
         "prefill", "answer", "answer", "answer", "questions",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("seconds", "prompts"), [(2.0, [3, 2]), (0.4, [5])])
+def test_a_group_is_as_many_prompts_as_are_prefilled_in_five_seconds(
+    serve, request_, tmp_path, quiet, seconds, prompts
+):
+    found = load_audit(audit(request_, tmp_path, quiet, serve(per_group=9, seconds=seconds)))
+    prefills = [s for s in found.of(Spent) if s.what == "prefill" and s.method == "dense"]
+    assert [s.prompts for s in prefills] == prompts
 
 
 def test_groups_are_no_larger_than_memory_holds(serve, request_, tmp_path, quiet):
