@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Literal, get_args
 
 from minference_green.comparable import HARD_KEYS, Differences, differences
@@ -24,6 +24,7 @@ from minference_green.stats import (
     Quantity,
     blocks_needed,
     density,
+    deviation,
     invalid_share,
     kl_nats,
     method_names,
@@ -378,7 +379,7 @@ def _held(arm: LogMean, limit: float) -> bool:
 def _blocks_for_verdict(
     change: LogMean, blocks: Sequence[float], limit: float, criteria: int
 ) -> int | None:
-    spread, gap = stdev(blocks), change.mean - limit
+    spread, gap = deviation(blocks), change.mean - limit
     rest = change.standard_error**2 - spread**2 / len(blocks)
     return blocks_needed(
         gap,
