@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,7 @@ FILES = sorted(p for p in ROOT.rglob("*.py") if "__pycache__" not in p.parts)
 assert any("kernels" in p.parts for p in FILES) or (ROOT / "kernels").is_dir()
 
 
+@cache
 def sources() -> list[tuple[str, ast.Module]]:
     paths = [*FILES, *(ROOT / "kernels").glob("*.py")]
     found = {str(p.relative_to(ROOT)): ast.parse(p.read_text()) for p in paths}

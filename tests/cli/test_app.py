@@ -92,13 +92,13 @@ def test_a_reader_that_has_gone_is_no_regression() -> None:
     ],
 )
 def test_wrong_input_ends_with_one_sentence_and_exit_code_2(
-    green_bench: GreenBench, arguments: list[str], message: str
+    call: Callable[..., tuple[int, str, str]], arguments: list[str], message: str
 ) -> None:
-    done = green_bench(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    code, out, err = call(*arguments)
+    assert code == 2, err
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
 
 
 def test_debug_shows_the_traceback(green_bench: GreenBench) -> None:

@@ -126,8 +126,8 @@ def test_a_source_that_fails_meanwhile_costs_the_joules_and_not_the_exit_code(
         ([], "Missing argument"),
     ],
 )
-def test_wrong_input_runs_nothing(green_bench, arguments, message) -> None:
-    done = green_bench("measure", *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_wrong_input_runs_nothing(call, arguments, message) -> None:
+    code, _, err = call("measure", *arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
