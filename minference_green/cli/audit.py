@@ -35,7 +35,7 @@ def audit(
         str, typer.Option(help="Context lengths in tokens, such as 16k,64k. Default: by device.")
     ] = "",
     haystacks: Annotated[
-        int | None, typer.Option(help="Texts to ask about. Default: 120 on a GPU.")
+        int | None, typer.Option(help="Texts to ask about. Default: 120 on a GPU, 6 if quick.")
     ] = None,
     kinds: Annotated[
         str, typer.Option(help="Kinds of information to ask about, such as hex,date. Default: all.")
