@@ -74,17 +74,6 @@ def die_with_parent() -> None:
         sys.exit(1)
 
 
-_START = """\
-import gc, importlib, sys
-gc.disable()
-main = importlib.import_module(sys.argv[1]).main
-gc.freeze()
-gc.enable()
-sys.exit(main(int(sys.argv[2]), int(sys.argv[3])))
-"""
-"""Nothing that importing torch makes is garbage; looking for some takes a tenth of the time."""
-
-
 class WorkerProcess:
     """A worker started in a session of its own, so that Ctrl-C reaches only the parent."""
 
@@ -95,7 +84,7 @@ class WorkerProcess:
         self.channel = Channel(ours_read, ours_write)
         with log.open("ab") as log_file:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _START, module, str(theirs_read), str(theirs_write)],
+                [sys.executable, "-P", "-m", module, str(theirs_read), str(theirs_write)],
                 pass_fds=(theirs_read, theirs_write),
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,

@@ -1,6 +1,7 @@
 """The process behind ``load.WorkerLoad``: matrix products on one device, as told."""
 
 import math
+import sys
 import time
 from collections import deque
 from typing import Any
@@ -127,3 +128,7 @@ def _pulse(command: Message, products: _Products) -> None:
     while time.monotonic() < begin:
         pass
     products.run(products.count(command["on_seconds"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

@@ -4,6 +4,7 @@ It runs what the parent lets it run and reports when. It neither reads energy no
 run file; the parent does both, so that a killed worker loses nothing.
 """
 
+import sys
 import time
 import traceback
 from collections import Counter
@@ -431,3 +432,7 @@ def _measure(channel: Channel, task: Task, length: int, arms: dict[str, Cell]) -
             **took._asdict(),
             peak_memory_bytes=peak_memory_bytes(cell.ids.device),
         )
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

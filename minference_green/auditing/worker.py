@@ -1,6 +1,7 @@
 """The process that holds the audited model: it asks, the parent meters and writes."""
 
 import hashlib
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -335,3 +336,7 @@ def _bytes_of(cache: Any) -> int:
         if cache is None
         else sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
