@@ -177,12 +177,14 @@ class ModelRespondent:
         return out.logits[0], out.past_key_values
 
     def _at_once(self, asked: Sequence[Continuation]) -> list[Sequence[Continuation]]:
-        """What can go through the model in one pass, or one by one where a layer has a window.
+        """What can go through the model in one pass: all on a CPU, else one by one.
 
-        There the model makes a mask of its own, in which questions would see each other.
+        One by one also where a layer has a window: there the model makes a mask of its own, in
+        which questions would see each other.
         """
         with switched(self.model.model, Dense(), dense=Dense()) as state:
-            return [[one] for one in asked] if state.dense_layers else [asked]
+            alone = state.dense_layers or self.model.model.device.type != "cpu"
+        return [[one] for one in asked] if alone else [asked]
 
     def _go_on(self, cache: Any, asked: Sequence[Continuation]) -> Tensor:
         """Logits of the last rows of each continuation of the cache, which is left as it was."""
@@ -194,7 +196,8 @@ class ModelRespondent:
         positions = [n_held + i for n in lengths for i in range(n)]
         # A window's layer has dropped what a crop would need; its few tensors are put back.
         windows = [(layer, dict(vars(layer))) for layer in cache.layers if layer.is_sliding]
-        with switched(self.model.model, Dense(), dense=Apart(lengths)):
+        dense = Apart(lengths) if len(asked) > 1 else Dense()
+        with switched(self.model.model, dense, dense=dense):
             out = self.model.model(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.tensor([positions], device=device),

@@ -239,9 +239,9 @@ def test_a_noise_floor_of_fewer_texts_is_said_beside_what_is_beyond_it(half_blin
 def test_short_windows_of_many_arms_are_one_footnote(planned):
     metered = [
         e.model_copy(update={"readings": (READING,)}) if isinstance(e, Spent) else e
-        for e in planned(lambda *_: False, haystacks=2).events
+        for e in planned(lambda *_: False, haystacks=5).events  # four in a window, and one
     ]
-    audit = planned(lambda *_: False, haystacks=2).model_copy(update={"events": tuple(metered)})
+    audit = planned(lambda *_: False, haystacks=5).model_copy(update={"events": tuple(metered)})
     document = audit_document(timed(audit, dense=0.9, a_shape=1.1, noise_floor=2.5))
     short = [i for i, t in enumerate(document.footnotes, 1) if t.startswith("windows below 2 s")]
     assert len(short) == 1

@@ -1,6 +1,6 @@
 """The CPU path: exactly the pairs of an index, as accurate as dense, in bounded memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 from minference_green.kernels import cpu, reference
 from minference_green.kernels.index import NONE, TILE, BandIndex, BlockIndex
 from minference_green.kernels.selection import a_shape_index, band_index, block_index
-from minference_green.methods import apart
 
 # One token; less than a tile; around a tile's edge; odd; several tiles and a rest; queries that
 # are the last of a longer sequence, beginning inside a key tile or at one.
@@ -311,17 +310,16 @@ def test_bands_are_cut_like_the_oracles(offsets: list[list[int]]) -> None:
         assert (got.diff() >= 0).all()
 
 
-@pytest.mark.parametrize("attend", [cpu.stretches_attention, apart.in_turn])
 @pytest.mark.parametrize("n_before", [0, 1, 300])
 def test_stretches_see_what_stands_before_all_of_them_and_themselves(
-    attend: Callable[..., Tensor], n_before: int
+    n_before: int,
 ) -> None:
     lengths = (1, 7, 65, 13)
     q, k, v = inputs(sum(lengths), n_before + sum(lengths))
     own = torch.block_diag(*(torch.ones(n, n).tril() for n in lengths)).bool()
     seen = torch.cat([torch.ones(len(own), n_before, dtype=torch.bool), own], 1)
     expected = scaled_dot_product_attention(q, k, v, seen, scale=0.3, enable_gqa=True)
-    found = attend(q, k.clone(), v.clone(), lengths, scale=0.3)
+    found = cpu.stretches_attention(q, k, v, lengths, scale=0.3)
     torch.testing.assert_close(found, expected)
 
 
